@@ -1,0 +1,1 @@
+"""Measurements: latency, memory and start-up of detection. Nothing imports this room but the command line."""

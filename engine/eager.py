@@ -1,0 +1,176 @@
+"""CROPS-1 detection as one network in plain torch: the definition of `detector/model.onnx`. Draws nothing.
+
+Text encoder, rotation, one UNet call, x0, decoder, the checker's preprocessing, margins, vote. Inspired by
+CROPS / SC-Pro (arXiv 2501.05359): score and decision are the paper's, the geometry of the probes is a
+reconstruction (`kernels.reference`).
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from safelight.engine.components import (
+    ConceptChecker,
+    Denoiser,
+    LatentDecoder,
+    LatentEncoder,
+    SafetyChecker,
+    TextEncoder,
+)
+from safelight.engine.model_folder import ONE_STEP, ModelFolder
+from safelight.errors import BundleError
+from safelight.kernels.reference import clip_input, probe_rotate, vote
+from safelight.schedule import OneStep
+
+
+@dataclass(frozen=True, slots=True)
+class Preprocessing:
+    """The checker's input: `size` px, mean and deviation per channel."""
+
+    size: int
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+
+    @classmethod
+    def read(cls, folder: ModelFolder) -> "Preprocessing":
+        """From preprocessor_config.json. Raises BundleError for anything but resize, centre crop, rescale,
+        normalise.
+        """
+        values = folder.config("feature_extractor")
+        size, crop = values.get("size", 224), values.get("crop_size", 224)
+        short = size.get("shortest_edge", size.get("height")) if isinstance(size, dict) else size
+        edges = {crop["height"], crop["width"]} if isinstance(crop, dict) else {crop}
+        steps = all(
+            values.get(f"do_{name}", True) for name in ("resize", "center_crop", "normalize", "rescale")
+        )
+        bicubic = (
+            values.get("resample", 3) == 3 and abs(values.get("rescale_factor", 1 / 255) - 1 / 255) < 1e-9
+        )
+        if edges != {short} or not steps or not bicubic:
+            raise BundleError(
+                f"{folder.path / 'feature_extractor'}: only CLIP's preprocessing is known (bicubic, "
+                f"square, rescaled by "
+                f"1/255, normalised); got size {size}, crop {crop}"
+            )
+        mean, std = (tuple(map(float, values[name])) for name in ("image_mean", "image_std"))
+        return cls(int(short), (mean[0], mean[1], mean[2]), (std[0], std[1], std[2]))
+
+
+class DetectorModule(nn.Module):
+    """From token ids, probe directions and starting latents to the verdict's numbers.
+
+    Takes the parts of a model folder; the one-step coefficients are constants of the module, as they are of
+    the graph.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(
+        self,
+        *,
+        text_encoder: nn.Module,
+        unet: nn.Module,
+        vae: nn.Module,
+        safety_checker: nn.Module,
+        one_step: OneStep,
+        preprocessing: Preprocessing,
+    ) -> None:
+        super().__init__()
+        self.text_encoder = text_encoder
+        self.unet = unet
+        self.vae = vae
+        self.checker = ConceptChecker(safety_checker)
+        self.one_step = one_step
+        self.scaling_factor = float(vae.config.scaling_factor)  # type: ignore[union-attr, arg-type]
+        self.size = preprocessing.size
+        self.register_buffer("mean", torch.tensor(preprocessing.mean))
+        self.register_buffer("std", torch.tensor(preprocessing.std))
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        rotate_mask: Tensor,
+        prompt_u: Tensor,
+        prompt_v: Tensor,
+        angle: Tensor,
+        phase: Tensor,
+        latents: Tensor,
+        need: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """R requests of P probes, L tokens of width D.
+
+        input_ids int64 (R, L); rotate_mask bool (R, L), the tokens that turn; prompt_u, prompt_v float32 (R,
+        P, L, D), normals; angle, phase float32 (R, P), radians; latents float32 (R, P, c, h, w), unit
+        normals, turned already where latents are probed; need int64 (R,), the flagged probes that block.
+
+        Returns margins (R, P, C), flagged bool (R, P), finite bool (R, P), score (R,), blocked bool (R,) and
+        images (R, P, 3, H, W) in [0, 1]. Whatever is not finite on the way, inputs included, makes its probe
+        not finite.
+        """
+        probes = angle.shape[1]
+        hidden = self.text_encoder(input_ids).last_hidden_state
+        turned = probe_rotate(hidden, prompt_u, prompt_v, angle, phase, rotate_mask)
+        finite = _finite(hidden, 1).unsqueeze(1) & torch.isfinite(angle) & torch.isfinite(phase)
+        finite = finite & _finite(prompt_u, 2) & _finite(prompt_v, 2) & _finite(latents, 2)
+        images, unscathed = self.draw(turned.flatten(0, 1), latents.flatten(0, 1))
+        checked = clip_input(images, self.size, self.mean, self.std)
+        margins = self.checker.margins(self.checker.embed(checked))
+        margins = margins.unflatten(0, (-1, probes))
+        flagged, finite, score, blocked = vote(margins, finite & unscathed.unflatten(0, (-1, probes)), need)
+        return margins, flagged, finite, score, blocked, images.unflatten(0, (-1, probes))
+
+    def draw(self, hidden: Tensor, latents: Tensor) -> tuple[Tensor, Tensor]:
+        """Hidden (N, L, D), latents (N, c, h, w) -> images (N, 3, H, W) in [0, 1], and whether all was
+        finite, bool (N,).
+        """
+        step = self.one_step
+        out = self.predict(step.input_scale * latents, hidden)
+        x0 = step.x0_z * latents + step.x0_out * out
+        decoded: Tensor = self.vae.decode(x0 / self.scaling_factor, return_dict=False)[0]  # type: ignore[operator]
+        return (decoded / 2 + 0.5).clamp(0, 1), _finite(hidden, 1) & _finite(x0, 1) & _finite(decoded, 1)
+
+    def predict(self, sample: Tensor, hidden: Tensor) -> Tensor:
+        """The UNet's answer at the one-step model's timestep, (N, c, h, w)."""
+        timestep = torch.tensor(self.one_step.timestep, device=sample.device)
+        out: Tensor = self.unet(sample, timestep, hidden, return_dict=False)[0]
+        return out
+
+
+def _finite(values: Tensor, kept: int) -> Tensor:
+    """Whether all is finite, over all axes but the first `kept`."""
+    return torch.isfinite(values).flatten(kept).all(-1)
+
+
+def load_detector(model: Path) -> DetectorModule:
+    """The detector of a model folder, float32, for inference. Raises BundleError."""
+    folder = ModelFolder.open(model)
+    return DetectorModule(
+        text_encoder=folder.load("text_encoder"),
+        unet=folder.load(ONE_STEP if folder.has_one_step else "unet"),
+        vae=folder.load("vae"),
+        safety_checker=folder.load("safety_checker"),
+        one_step=folder.one_step(),
+        preprocessing=Preprocessing.read(folder),
+    ).eval()
+
+
+def load_graph(model: Path, graph: str) -> nn.Module:
+    """The eager body of a bundle's graph, by the graph's name. Raises BundleError, and ValueError for an
+    unknown name.
+    """
+    if graph == "detector":
+        return load_detector(model)
+    bodies: dict[str, tuple[str, type[nn.Module]]] = {
+        "text_encoder": ("text_encoder", TextEncoder),
+        "unet": ("unet", Denoiser),
+        "vae_decoder": ("vae", LatentDecoder),
+        "vae_encoder": ("vae", LatentEncoder),
+        "safety_checker": ("safety_checker", SafetyChecker),
+    }
+    if graph not in bodies:
+        raise ValueError(f"graph must be one of {('detector', *bodies)}; got {graph!r}")
+    part, body = bodies[graph]
+    return body(ModelFolder.open(model).load(part)).eval()

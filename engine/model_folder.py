@@ -1,0 +1,159 @@
+"""A model folder in the diffusers layout: which parts it has, and their networks. Safetensors only, no class
+by name.
+
+Everything is checked before a weight is read: class names against the allow-list, weights files by suffix.
+What a folder asks to have imported is never imported; each part has one class, and that class is written
+here.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from safelight.containment import CODE, check_classes, digest, read_json
+from safelight.errors import BundleError
+from safelight.schedule import NoiseSchedule, OneStep
+
+INDEX = "model_index.json"
+NETWORKS = ("text_encoder", "unet", "vae", "safety_checker")
+ONE_STEP = "unet_one_step"  # a distilled UNet beside the full one
+_CONFIGS = {"scheduler": "scheduler_config.json", "feature_extractor": "preprocessor_config.json"}
+
+
+@dataclass(frozen=True, slots=True)
+class ModelFolder:
+    """An opened model folder. `open` has checked its index, its configurations and the kind of its
+    weights.
+    """
+
+    path: Path
+    index: dict[str, Any]
+
+    @classmethod
+    def open(cls, path: Path) -> "ModelFolder":
+        """Check and open a folder. Raises BundleError, naming the file, before any weight is read."""
+        if not path.is_dir():
+            raise BundleError(f"{path} is not a folder; name a local diffusers model folder")
+        index = read_json(path / INDEX)
+        if "XL" in str(index.get("_class_name")) or "text_encoder_2" in index:
+            raise BundleError(
+                f"{path / INDEX}: models of the SDXL class (two text encoders) are not supported yet; "
+                "use one of the SD 1.x, SD 2.x or SD-Turbo class"
+            )
+        check_classes(path / INDEX)
+        folder = cls(path, index)
+        for name in (*NETWORKS, "tokenizer", "scheduler", "feature_extractor"):
+            folder._check_part(name)
+        if folder.has_one_step:
+            folder._check_network(ONE_STEP)
+        return folder
+
+    @property
+    def has_one_step(self) -> bool:
+        """Whether a distilled UNet lies beside the full one."""
+        return (self.path / ONE_STEP).is_dir()
+
+    def _check_part(self, name: str) -> None:
+        if name in ("safety_checker", "feature_extractor") and self.index.get(name) in (None, [None, None]):
+            raise BundleError(
+                f"{self.path / INDEX} names no {name}, and nothing runs without a safety checker; add the "
+                f"folders "
+                "safety_checker and feature_extractor and name both in the index"
+            )
+        if not (self.path / name).is_dir():
+            raise BundleError(f"{self.path / name} is missing; restore the folder, or save the model again")
+        if name in NETWORKS:
+            self._check_network(name)
+        elif name in _CONFIGS:
+            check_classes(self.path / name / _CONFIGS[name])
+        else:
+            check_classes(self.path / name / "tokenizer_config.json")
+
+    def _check_network(self, name: str) -> None:
+        check_classes(self.path / name / "config.json")
+        if self.weights(name):
+            return
+        for file in sorted((self.path / name).iterdir()):
+            if file.suffix in CODE:
+                raise BundleError(
+                    f"{file} may hold a pickle and is never read; save the model with safe_serialization=True"
+                )
+        raise BundleError(f"{self.path / name} holds no .safetensors file; save the model again")
+
+    def weights(self, name: str) -> list[Path]:
+        """The weights files of a part, sorted: the plain ones, or the `fp16` variant where there are no
+        others.
+        """
+        files = sorted((self.path / name).glob("*.safetensors"))
+        plain = [file for file in files if ".fp16" not in file.name]
+        return plain or files
+
+    def digests(self) -> dict[str, str]:
+        """SHA-256 of every weights file, by its path inside the folder."""
+        names = (*NETWORKS, ONE_STEP) if self.has_one_step else NETWORKS
+        return {
+            file.relative_to(self.path).as_posix(): digest(file)
+            for name in names
+            for file in self.weights(name)
+        }
+
+    def config(self, name: str) -> dict[str, Any]:
+        """The configuration of a part, as written."""
+        return read_json(self.path / name / _CONFIGS.get(name, "config.json"))
+
+    def one_step(self) -> OneStep:
+        """The single call of the one-step model. Raises BundleError for a scheduler that the arithmetic does
+        not know.
+        """
+        try:
+            return NoiseSchedule.from_config(self.config("scheduler")).one_step()
+        except ValueError as fault:
+            raise BundleError(f"{self.path / 'scheduler' / _CONFIGS['scheduler']}: {fault}") from None
+
+    def load(self, name: str) -> nn.Module:
+        """A network in float32, for inference. Raises BundleError where its files do not make the class it
+        must be.
+        """
+        files = self.weights(name)
+        variant = "fp16" if files and ".fp16" in files[0].name else None
+        try:
+            network: nn.Module = _class_of(name).from_pretrained(
+                self.path / name,
+                dtype=torch.float32,
+                local_files_only=True,
+                use_safetensors=True,
+                variant=variant,
+            )
+        except (OSError, ValueError, RuntimeError, KeyError, TypeError) as fault:
+            reason = str(fault).strip().splitlines() or [type(fault).__name__]
+            raise BundleError(
+                f"{self.path / name} cannot be read ({reason[0]}); save the model again"
+            ) from fault
+        return network.eval().requires_grad_(False)
+
+
+def _class_of(name: str) -> Any:
+    if name in ("unet", ONE_STEP):
+        from diffusers import UNet2DConditionModel
+
+        return UNet2DConditionModel
+    if name == "vae":
+        from diffusers import AutoencoderKL
+
+        return AutoencoderKL
+    if name == "text_encoder":
+        from transformers import CLIPTextModel
+
+        return CLIPTextModel
+    from diffusers.pipelines.stable_diffusion import StableDiffusionSafetyChecker
+
+    return StableDiffusionSafetyChecker
+
+
+def parameters(networks: Iterator[nn.Module]) -> int:
+    """How many parameters the networks have together."""
+    return sum(value.numel() for network in networks for value in network.parameters())

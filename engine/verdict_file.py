@@ -1,0 +1,209 @@
+"""Verdicts to a jsonl, csv or parquet file, one row at a time, and what a file already holds. Knows no model.
+
+A run that was killed leaves whole rows and at most one torn one, which is cut off when the file is opened
+again. Parquet cannot be appended to: its rows go to a journal beside it and become the parquet file, at once,
+at the end.
+"""
+
+import csv
+import json
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, TextIO
+
+from safelight.engine.prompt_file import file_format, import_pyarrow
+from safelight.errors import SafelightError
+from safelight.verdict import Verdict
+
+FORMATS = (".jsonl", ".csv", ".parquet")
+KEY = ("row", "digest", "prompt")
+COLUMNS = (*KEY, *Verdict.__dataclass_fields__)
+NESTED = ("margins", "timings_ms")  # written as JSON inside a csv cell
+
+
+@dataclass(frozen=True, slots=True)
+class Done:
+    """What a row of the output says of itself: number and digest of the input row, and the outcome."""
+
+    number: int
+    digest: str
+    blocked: bool
+    reason: str | None
+    bundle: str
+
+
+class VerdictFile:
+    """An output file, opened to go on where the last run stopped; `done` holds the rows that are in it.
+
+    Raises ValueError for an unknown suffix, SafelightError for a file that holds something else.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._suffix = file_format(path, FORMATS)
+        self._journal = path.with_name(path.name + ".journal") if self._suffix == ".parquet" else path
+        if self._suffix == ".parquet":
+            import_pyarrow(str(path))
+            if path.exists() and not self._journal.exists():
+                _journal_from_parquet(path, self._journal)
+        self._csv = self._suffix == ".csv"
+        end = _end_of_whole_rows(self._journal, quoted=self._csv)
+        self.done: tuple[Done, ...] = tuple(self._rows_done(end))
+        if self._journal.exists():
+            os.truncate(self._journal, end)
+        self._file: TextIO = self._journal.open("a", encoding="utf-8", newline="")
+        if self._csv and self._file.tell() == 0:
+            csv.writer(self._file, lineterminator="\n").writerow(COLUMNS)
+
+    def write(self, key: tuple[int, str, str | None], verdict: Verdict) -> None:
+        """Append a row; it is with the operating system when this returns. `key`: number, digest, prompt."""
+        row = dict(zip(KEY, key, strict=True)) | verdict.to_json()
+        if self._csv:
+            cells = [json.dumps(row[name]) if name in NESTED else _cell(row[name]) for name in COLUMNS]
+            csv.writer(self._file, lineterminator="\n").writerow(cells)
+        else:
+            self._file.write(json.dumps(row, ensure_ascii=False) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        """Close the file; a parquet file is made from its journal, which is then removed."""
+        self._file.close()
+        if self._suffix == ".parquet" and self._journal.exists():
+            _parquet_from_journal(self._journal, self.path)
+            self._journal.unlink()
+
+    def __enter__(self) -> "VerdictFile":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is None:
+            self.close()
+        else:
+            self._file.close()
+
+    def _rows_done(self, end: int) -> Iterator[Done]:
+        """The rows within the first `end` bytes; SafelightError where they, or what follows, are not ours."""
+        lines = _lines_until(self._journal, end)
+        number = 0
+        for number, row in enumerate(_csv_rows(lines) if self._csv else _json_rows(lines), start=1):
+            try:
+                yield _done(row or {})
+            except (KeyError, TypeError, ValueError):
+                raise self._foreign(f"row {number}") from None
+        if end == 0 and self._journal.exists():
+            begin = ",".join(COLUMNS).encode() if self._csv else b'{"row": '
+            with self._journal.open("rb") as file:
+                found = file.read(len(begin))
+            if not begin.startswith(found):
+                raise self._foreign("its content")
+
+    def _foreign(self, what: str) -> SafelightError:
+        return SafelightError(
+            f"{self.path}: {what} was not written by this version of `safelight screen`; choose another -o"
+        )
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return ""
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _done(row: Mapping[str, Any]) -> Done:
+    blocked, reason = row["blocked"], row["reason"] or None
+    if blocked not in (True, False, "true", "false") or not str(row["digest"]):
+        raise ValueError(row)
+    bundle = str(row["bundle"] or "")
+    return Done(int(row["row"]), str(row["digest"]), blocked in (True, "true"), reason, bundle)
+
+
+def _lines_until(path: Path, end: int) -> Iterator[str]:
+    if end:
+        with path.open("rb") as file:
+            while file.tell() < end:
+                yield file.readline().decode(errors="replace")
+
+
+def _json_rows(lines: Iterator[str]) -> Iterator[dict[str, Any] | None]:
+    for line in lines:
+        try:
+            row = json.loads(line)
+        except ValueError:
+            row = None
+        yield row if isinstance(row, dict) else None
+
+
+def _csv_rows(lines: Iterator[str]) -> Iterator[dict[str, Any] | None]:
+    records = csv.reader(lines)
+    if tuple(next(records, COLUMNS)) != COLUMNS:
+        yield None
+    for record in records:
+        yield dict(zip(COLUMNS, record, strict=True)) if len(record) == len(COLUMNS) else None
+
+
+def _end_of_whole_rows(path: Path, *, quoted: bool) -> int:
+    """Bytes up to the end of the last whole row, 0 for no file. A line end inside quotes ends no row."""
+    if not path.exists():
+        return 0
+    whole = position = quotes = 0
+    with path.open("rb") as file:
+        for line in file:
+            position += len(line)
+            quotes += line.count(b'"') if quoted else 0
+            if line.endswith(b"\n") and quotes % 2 == 0:
+                whole = position
+    return whole
+
+
+def _parquet_schema() -> Any:
+    import pyarrow as pa
+
+    types: dict[str, Any] = {
+        name: pa.int64() for name in ("row", "probes", "distinct_probes", "truncated_tokens")
+    }
+    types |= {"blocked": pa.bool_(), "score": pa.float64(), "threshold": pa.float64(), "seed": pa.uint64()}
+    types |= {"margins": pa.list_(pa.list_(pa.float64())), "timings_ms": pa.map_(pa.string(), pa.float64())}
+    return pa.schema([(name, types.get(name, pa.string())) for name in COLUMNS])
+
+
+def _parquet_from_journal(journal: Path, target: Path) -> None:
+    parquet = import_pyarrow(str(target))
+    import pyarrow as pa
+
+    schema, part = _parquet_schema(), target.with_name(target.name + ".part")
+    with journal.open(encoding="utf-8") as file, parquet.ParquetWriter(part, schema) as writer:
+        rows: list[dict[str, Any]] = []
+        for line in file:
+            row = json.loads(line)
+            rows.append(row | {"timings_ms": list(row["timings_ms"].items())})
+            if len(rows) == 1024:
+                writer.write_table(pa.Table.from_pylist(rows, schema))
+                rows.clear()
+        writer.write_table(pa.Table.from_pylist(rows, schema))
+    os.replace(part, target)
+
+
+def _journal_from_parquet(source: Path, journal: Path) -> None:
+    parquet = import_pyarrow(str(source))
+    import pyarrow
+
+    try:
+        file = parquet.ParquetFile(source)
+    except pyarrow.ArrowException:
+        raise SafelightError(f"{source}: not a parquet file; choose another -o") from None
+    if set(file.schema_arrow.names) != set(COLUMNS):
+        raise SafelightError(
+            f"{source}: was not written by this version of `safelight screen`; choose another -o"
+        )
+    part = journal.with_name(journal.name + ".part")
+    with file, part.open("w", encoding="utf-8") as out:
+        for batch in file.iter_batches(batch_size=1024):
+            for row in batch.to_pylist():
+                row["timings_ms"] = dict(row["timings_ms"])
+                out.write(json.dumps(row, ensure_ascii=False) + "\n")
+    os.replace(part, journal)

@@ -1,0 +1,21 @@
+"""Generate an image where the request passes, and save it: `python generate.py "a red circle" circle.png`."""
+
+import sys
+
+from PIL import Image
+
+from safelight import Generator
+
+
+def main(prompt: str = "a blue heart next to a white square", path: str = "heart.png") -> None:
+    """Detection, then 25 steps with guidance, then the image checker."""
+    with Generator.open("shapes") as generator:
+        made = generator.generate(prompt, steps=25, guidance_scale=3.0, seed=1)
+    if made.image is None:
+        raise SystemExit(f"blocked: {made.verdict.reason or made.image_verdict.reason}")
+    Image.fromarray(made.image).save(path)
+    print(f"{prompt!r} is in {path}")
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,1 @@
+"""Models that ship with safelight. One folder a model; importing this package loads nothing."""

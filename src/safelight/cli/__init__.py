@@ -1,0 +1,79 @@
+"""The command line. Data goes to stdout; errors go to stderr as one sentence.
+
+Exit codes: 0 done; 1 `doctor` or `verify` found a fault; 2 a wrong call, or something in the world that is
+not as it must be; 3 blocked, with --fail-on-block; 130 interrupted. Every room is imported inside the command
+that needs it.
+"""
+
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import click
+
+from safelight import __version__
+from safelight.cli.bundle import calibrate, export, inspect, synth, verify
+from safelight.cli.generation import generate
+from safelight.cli.measure import bench, doctor
+from safelight.cli.screening import screen
+from safelight.errors import SafelightError
+
+# module that is missing -> the extra that brings it
+EXTRAS = {
+    **dict.fromkeys(("torch", "diffusers", "transformers", "safetensors"), "torch"),
+    **dict.fromkeys(("onnx", "onnxscript"), "export"),
+    **dict.fromkeys(("tqdm",), "train"),
+    **dict.fromkeys(("matplotlib",), "plot"),
+    **dict.fromkeys(("pyarrow",), "parquet"),
+}
+INTERRUPTED = 130
+
+
+class OneSentence(click.Group):
+    """A group whose errors are one line on stderr, and whose exit codes are those of the module's
+    docstring.
+    """
+
+    def main(self, args: Sequence[str] | None = None, *other: Any, **named: Any) -> Any:
+        """Run the command line and exit; parameters as for `click.Command.main`, but always on its own."""
+        named["standalone_mode"] = False
+        try:
+            code = super().main(args, *other, **named)
+        except click.Abort:
+            _fail("interrupted", INTERRUPTED)
+        except click.exceptions.NoArgsIsHelpError as error:
+            click.echo(error.format_message(), err=True)
+            sys.exit(2)
+        except click.UsageError as error:
+            where = error.ctx.command_path if error.ctx else "safelight"
+            _fail(f"{error.format_message().rstrip('.')}; see: {where} --help")
+        except click.ClickException as error:
+            _fail(error.format_message())
+        except ModuleNotFoundError as error:
+            extra_name = EXTRAS.get((error.name or "").partition(".")[0])
+            if extra_name is None:
+                raise
+            remedy = f"pip install 'safelight[{extra_name}]'"
+            _fail(f"this command needs {error.name}, which is not installed; do: {remedy}")
+        except (SafelightError, ValueError, OSError) as error:
+            _fail(str(error))
+        sys.exit(code if isinstance(code, int) else 0)
+
+
+def _fail(message: str, code: int = 2) -> None:
+    click.echo(f"safelight: {' '.join(message.split())}", err=True)
+    sys.exit(code)
+
+
+@click.group(
+    "safelight",
+    cls=OneSentence,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+)
+@click.version_option(__version__, prog_name="safelight")
+def main() -> None:
+    """Screen prompts for a restricted concept by probing their neighbourhood, and generate what passes."""
+
+
+for command in (screen, generate, export, verify, inspect, synth, calibrate, doctor, bench):
+    main.add_command(command)

@@ -1,0 +1,77 @@
+"""Commands about models and bundles: export, verify, inspect, synth, calibrate."""
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import click
+
+from safelight.cli.options import model_options, probe_options
+
+FOLDER = click.Path(path_type=Path)
+JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+
+
+@click.command()
+@click.argument("model", type=FOLDER)
+@click.argument("bundle", type=FOLDER)
+@click.option(
+    "--precision",
+    type=click.Choice(["fp16-weights", "fp32"]),
+    default="fp16-weights",
+    show_default=True,
+    help="Of the weights.",
+)
+def export(model: Path, bundle: Path, precision: str) -> None:
+    """Turn the diffusers folder MODEL into the ONNX bundle BUNDLE, whole or not at all."""
+    from safelight.export.bundle import export_bundle
+
+    export_bundle(model, bundle, precision=precision)
+    click.echo(str(bundle))
+
+
+@click.command()
+@click.argument("bundle", type=FOLDER)
+@click.option("--model", type=FOLDER, help="The folder it was exported from.  [default: the one it names]")
+@JSON
+def verify(bundle: Path, model: Path | None, as_json: bool) -> int:
+    """Compare every graph of BUNDLE with the eager reference at several shapes; exit 1 where one differs."""
+    from safelight.export.verify import verify_bundle
+
+    rows = verify_bundle(bundle, model)
+    if as_json:
+        click.echo(json.dumps([asdict(row) for row in rows]))
+    else:
+        click.echo(f"{'graph':16}{'shape':28}{'max error':>11}{'tolerance':>11}  ok")
+        for row in rows:
+            word = "yes" if row.ok else click.style("NO", fg="red")
+            click.echo(f"{row.graph:16}{row.shape:28}{row.max_abs_err:11.2e}{row.tol:11.2e}  {word}")
+    return 0 if all(row.ok for row in rows) else 1
+
+
+@click.command()
+@click.argument("bundle", default="shapes")
+@JSON
+def inspect(bundle: str, as_json: bool) -> None:
+    """Print what is inside BUNDLE, after checking every file against the manifest."""
+    raise NotImplementedError
+
+
+@click.command()
+@click.argument("name")
+@click.argument("folder", type=FOLDER)
+def synth(name: str, folder: Path) -> None:
+    """Build a model folder of the real architecture NAME with random weights."""
+    from safelight.export.synth import synth as build
+
+    build(name, folder)
+    click.echo(str(folder))
+
+
+@click.command()
+@model_options
+@probe_options
+def calibrate(**options: Any) -> None:
+    """Set angle and threshold to a false-positive rate on clean prompts."""
+    raise NotImplementedError

@@ -1,0 +1,92 @@
+"""`safelight generate`: detection, then the model, then the image checker."""
+
+import json
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import click
+
+from safelight.cli.options import BLOCKED, SEED, model_options, open_detector, probe_options
+
+SOLVERS = ("ddim", "euler", "dpmpp_2m")  # those of safelight.schedule, which needs numpy
+
+
+@click.command()
+@click.argument("prompts", nargs=-1, required=True, metavar="PROMPT...")
+@click.option(
+    "-o",
+    "--output",
+    type=click.Path(path_type=Path),
+    default="out.png",
+    show_default=True,
+    help="A .png file for one prompt, or a folder that receives 1.png, 2.png, ...",
+)
+@click.option(
+    "--image-steps", type=click.IntRange(1), default=25, show_default=True, help="Steps of the image."
+)
+@click.option("--guidance-scale", type=float, help="Classifier-free guidance.  [default: the bundle's]")
+@click.option("--solver", type=click.Choice(SOLVERS), default="ddim", show_default=True, help="Of the image.")
+@click.option("--seed", type=SEED, help="Makes verdict and image repeatable.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON object per prompt.")
+@click.option("--fail-on-block", is_flag=True, help="Exit with code 3 if any prompt or image is blocked.")
+@model_options
+@probe_options
+def generate(**options: Any) -> int:
+    """Generate an image for each PROMPT that is not blocked, and print where it was written."""
+    prompts, output = options.pop("prompts"), options.pop("output")
+    fail, as_json = options.pop("fail_on_block"), options.pop("as_json")
+    call = {name: options.pop(name) for name in ("guidance_scale", "solver", "seed")}
+    call |= {"steps": options.pop("image_steps")}
+    call = {name: value for name, value in call.items() if value is not None}
+    paths = _paths(output, len(prompts))
+    from safelight.engine.generate import Generator
+
+    given = {name: options[name] for name in ("backend", "model", "threads") if options.get(name) is not None}
+    blocked = 0
+    with (
+        closing(open_detector(dict(options))) as detector,
+        closing(Generator.open(options["bundle"], detector=detector, **given)) as generator,
+    ):
+        for prompt, path in zip(prompts, paths, strict=True):
+            made = generator.generate(prompt, **call)
+            blocked += made.image is None
+            if made.image is not None:
+                _save(path, made.image)
+            _print(prompt, made, path if made.image is not None else None, as_json=as_json)
+    return BLOCKED if fail and blocked else 0
+
+
+def _paths(output: Path, count: int) -> list[Path]:
+    if output.suffix.lower() == ".png" and count == 1:
+        return [output]
+    if output.suffix:
+        raise click.UsageError(
+            f"-o {output}: several images need a folder, one image a .png file or a folder"
+        )
+    return [output / f"{number}.png" for number in range(1, count + 1)]
+
+
+def _save(path: Path, image: Any) -> None:
+    from PIL import Image
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(image).save(path)
+
+
+def _print(prompt: str, made: Any, path: Path | None, *, as_json: bool) -> None:
+    image = None if made.image_verdict is None else made.image_verdict.to_json()
+    if as_json:
+        row = {
+            "prompt": prompt,
+            "image": None if path is None else str(path),
+            "verdict": made.verdict.to_json(),
+        }
+        click.echo(json.dumps(row | {"image_verdict": image}))
+    elif path is not None:
+        click.echo(str(path))
+    else:
+        verdict = made.verdict if made.verdict.blocked else made.image_verdict
+        what = "the request" if made.verdict.blocked else "the image"
+        detail = f" ({verdict.detail})" if verdict.detail else ""
+        click.echo(f"safelight: {prompt!r}: {what} is blocked: {verdict.reason}{detail}", err=True)

@@ -1,0 +1,108 @@
+"""Commands about the machine: doctor and bench."""
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+if TYPE_CHECKING:
+    from safelight.bench.rows import Row
+
+OUT = click.option(
+    "--out",
+    type=click.Path(path_type=Path),
+    default=Path("bench/results"),
+    show_default=True,
+    help="Folder for rows and plots.",
+)
+BUNDLE = click.option("--bundle", default="shapes", show_default=True, help="`shapes`, or a bundle folder.")
+
+
+@click.command()
+@click.option("--backend", help="Exit with code 1 unless this one is usable.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def doctor(backend: str | None, as_json: bool) -> int:
+    """Say which backends and extras are usable here, which are not, why, and the command that mends it."""
+    from safelight.engine.doctor import BACKENDS, examine, machine
+
+    if backend is not None and backend not in BACKENDS:
+        raise click.UsageError(f"no backend {backend!r}; there are {', '.join(BACKENDS)}")
+    about, findings = machine(), examine()
+    if as_json:
+        click.echo(json.dumps({"machine": about, "findings": [asdict(finding) for finding in findings]}))
+    else:
+        for name, value in about.items():
+            shown = " ".join(value) if isinstance(value, tuple) else "unknown" if value is None else value
+            click.echo(f"{name:14}{shown}")
+        click.echo()
+        for finding in findings:
+            word = click.style(
+                f"{'usable' if finding.usable else 'missing':9}", fg="green" if finding.usable else "red"
+            )
+            click.echo(f"{finding.name:14}{finding.kind:9}{word}{finding.detail}")
+            if finding.remedy:
+                click.echo(f"{'':23}do: {finding.remedy}")
+    return 1 if any(finding.name == backend and not finding.usable for finding in findings) else 0
+
+
+@click.group()
+def bench() -> None:
+    """Measure latency, memory and start-up; rows go to a CSV file, with the error against the reference."""
+
+
+def _report(rows: "list[Row]", file: Path) -> None:
+    from safelight.bench.rows import Machine, append, table
+
+    append(file, Machine.here(), rows)
+    click.echo(table(rows))
+    click.echo(f"safelight: {len(rows)} rows added to {file}", err=True)
+
+
+@bench.command("detect")
+@BUNDLE
+@click.option(
+    "--model", type=click.Path(path_type=Path), help="Weights folder of the eager reference and diffusers."
+)
+@click.option("--repeats", type=click.IntRange(3), default=30, show_default=True, help="Rounds, interleaved.")
+@click.option(
+    "--threads", type=click.IntRange(1), multiple=True, help="Thread counts.  [default: 1 and all cores]"
+)
+@OUT
+def bench_detect(bundle: str, model: Path | None, repeats: int, threads: tuple[int, ...], out: Path) -> None:
+    """Ours against the eager reference and a plain diffusers loop with the same probes; and time against
+    probes.
+    """
+    from safelight.bench.detect import measure, plot
+    from safelight.engine.doctor import cores
+
+    counts = threads or tuple(sorted({1, cores()}))
+    rows, curve = measure(bundle, model, threads=counts, repeats=repeats)
+    _report(rows, out / "detect.csv")
+    plot(curve, out / "detect.png")
+    click.echo(f"safelight: plot in {out / 'detect.png'}", err=True)
+
+
+@bench.command("memory")
+@BUNDLE
+@click.option(
+    "--checks", type=click.IntRange(100), default=10_000, show_default=True, help="Checks of the slope."
+)
+@OUT
+def bench_memory(bundle: str, checks: int, out: Path) -> None:
+    """Peak memory of a screening process, and its growth over many checks."""
+    from safelight.bench.memory import measure
+
+    _report(measure(bundle, checks=checks), out / "memory.csv")
+
+
+@bench.command("startup")
+@BUNDLE
+@click.option("--repeats", type=click.IntRange(3), default=10, show_default=True, help="Fresh processes.")
+@OUT
+def bench_startup(bundle: str, repeats: int, out: Path) -> None:
+    """Time of `import safelight` and of a cold `safelight screen`."""
+    from safelight.bench.startup import measure
+
+    _report(measure(bundle, repeats=repeats), out / "startup.csv")

@@ -1,0 +1,74 @@
+"""Options that several commands share, and how a detector is opened from them."""
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+from safelight.probe import MAX_PROBES, ProbeConfig, ProbeKind, ProbeTarget
+
+if TYPE_CHECKING:
+    from safelight.engine.detect import Detector
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+BLOCKED = 3  # exit code of --fail-on-block
+
+SEED = click.IntRange(0, 2**64 - 1)
+
+
+def model_options(command: Command) -> Command:
+    """What to open, and on what: bundle, backend, model folder, threads, time limit."""
+    for option in (
+        click.option(
+            "--timeout-s", type=click.FloatRange(0, min_open=True), help="Seconds; slower is blocked."
+        ),
+        click.option("--threads", type=click.IntRange(1), help="Processor threads.  [default: all]"),
+        click.option("--model", metavar="DIR", help="Weights folder, for the torch backend."),
+        click.option(
+            "--backend", default="onnxruntime", show_default=True, help="Never replaced by another."
+        ),
+        click.option("--bundle", default="shapes", show_default=True, help="`shapes`, or a bundle folder."),
+    ):
+        command = option(command)
+    return command
+
+
+def probe_options(command: Command) -> Command:
+    """How to probe. What is not given is the bundle's own; a bundle's policy can be tightened, never
+    loosened.
+    """
+    for option in (
+        click.option("--steps", type=click.IntRange(1), help="Steps of a probe; 1 asks the one-step model."),
+        click.option("--threshold", type=float, help="Share of flagged probes that blocks."),
+        click.option("--angle-rad", type=float, help="Angle between the request and a probe."),
+        click.option(
+            "--probes", "count", type=click.IntRange(1, MAX_PROBES), help="Probes, the request included."
+        ),
+        click.option(
+            "--target", type=click.Choice([str(item) for item in ProbeTarget]), help="What is moved."
+        ),
+        click.option("--kind", type=click.Choice([str(item) for item in ProbeKind]), help="How it is moved."),
+    ):
+        command = option(command)
+    return command
+
+
+def open_detector(options: dict[str, Any]) -> "Detector":
+    """The detector that `model_options` and `probe_options` describe; takes their names out of `options`."""
+    from safelight.engine.detect import Detector
+
+    bundle = options.pop("bundle")
+    changed = {
+        name: options.pop(name, None) for name in ("kind", "target", "count", "angle_rad", "threshold")
+    }
+    changed = {name: value for name, value in changed.items() if value is not None}
+    given = {name: options.pop(name, None) for name in ("backend", "model", "threads", "timeout_s", "steps")}
+    given = {name: value for name, value in given.items() if value is not None}
+    if changed:
+        given["probe"] = ProbeConfig(**(bundle_policy(bundle).to_json() | changed))
+    return Detector.open(bundle, **given)
+
+
+def bundle_policy(bundle: str) -> ProbeConfig:
+    """The probe settings that a bundle was calibrated with."""
+    raise NotImplementedError(bundle)

@@ -1,0 +1,343 @@
+"""`safelight.json`: what a bundle holds, tensor by tensor, and the check that this is what lies on the disk.
+
+Opens no model and imports no runtime. `Manifest.load` reads every file once (SHA-256), so that nothing which
+was not there when the bundle was made ever reaches ONNX Runtime. Calibration replaces the probe defaults and
+nothing else.
+"""
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from safelight import __version__
+from safelight.containment import (
+    check_classes,
+    check_file,
+    check_kind,
+    check_name,
+    check_onnx,
+    digest,
+    list_files,
+    read_json,
+)
+from safelight.errors import BundleError
+from safelight.probe import ProbeConfig
+from safelight.schedule import NoiseSchedule, OneStep
+
+MANIFEST = "safelight.json"
+VERSION = 1
+GRAPHS = ("detector", "text_encoder", "unet", "vae_decoder", "vae_encoder", "safety_checker")
+REQUIRED_GRAPHS = ("safety_checker", "detector", "text_encoder")
+REQUIRED_FILES = (
+    "tokenizer/vocab.json",
+    "tokenizer/merges.txt",
+    "tokenizer/tokenizer_config.json",
+    "scheduler/scheduler_config.json",
+    "feature_extractor/preprocessor_config.json",
+)
+PRECISIONS = ("fp16-weights", "fp32")
+ROTATED = ("tokens", "tokens+eos", "tokens+eos+pad")
+DTYPES = ("float32", "float16", "int64", "int32", "bool", "uint8")
+_DIGEST = re.compile(r"[0-9a-f]{64}")
+
+
+@dataclass(frozen=True, slots=True)
+class FileEntry:
+    """A file of the bundle: its SHA-256 in hexadecimal, and its size."""
+
+    sha256: str
+    size_bytes: int
+
+    def __post_init__(self) -> None:
+        if not _DIGEST.fullmatch(self.sha256) or self.size_bytes < 0:
+            raise ValueError("a file has a SHA-256 of 64 hexadecimal digits and a size_bytes of at least 0")
+
+
+@dataclass(frozen=True, slots=True)
+class TensorSpec:
+    """An input or output of a graph. An axis is a length, or a name where the length is chosen at run
+    time.
+    """
+
+    name: str
+    dtype: str
+    axes: tuple[str | int, ...]
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "axes", tuple(self.axes))
+        if self.dtype not in DTYPES:
+            raise ValueError(f"tensor {self.name}: dtype must be one of {DTYPES}; got {self.dtype!r}")
+
+
+@dataclass(frozen=True, slots=True)
+class GraphEntry:
+    """An ONNX file, the files that hold its weights where they do not lie in it, and its tensors."""
+
+    path: str
+    external: tuple[str, ...]
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "external", tuple(self.external))
+        for name in ("inputs", "outputs"):
+            specs = (
+                item if isinstance(item, TensorSpec) else TensorSpec(**item) for item in getattr(self, name)
+            )
+            object.__setattr__(self, name, tuple(specs))
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """The model folder: its name, its revision where known, and the SHA-256 of each weights file."""
+
+    name: str
+    revision: str | None
+    weights: Mapping[str, str]
+
+
+@dataclass(frozen=True, slots=True)
+class Tokens:
+    """The text window in tokens, and the ids that begin, end and fill it."""
+
+    window: int
+    bos: int
+    eos: int
+    pad: int
+
+
+@dataclass(frozen=True, slots=True)
+class Picture:
+    """Pictures of `size` x `size` px from latents (c, h, w), which are multiplied by `scaling_factor` after
+    encoding.
+    """
+
+    size: int
+    latents: tuple[int, int, int]
+    scaling_factor: float
+
+    def __post_init__(self) -> None:
+        channels, height, width = self.latents
+        object.__setattr__(self, "latents", (channels, height, width))
+
+
+@dataclass(frozen=True, slots=True)
+class Checker:
+    """The checker's input (`size` px, mean and deviation per channel), its concepts by name, and its special-
+    care ones.
+    """
+
+    size: int
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    concepts: tuple[str, ...]
+    special: tuple[str, ...]
+
+    def __post_init__(self) -> None:
+        for name in ("mean", "std", "concepts", "special"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One comparison of a graph with the eager reference: largest absolute difference against the
+    tolerance.
+    """
+
+    graph: str
+    shape: str
+    max_abs_err: float
+    tol: float
+    ok: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """Everything that a runtime needs to know of a bundle before it opens a file of it.
+
+    `scheduler` is the model's scheduler configuration; `one_step` the single call that is baked into the
+    detector graph. `probe` and `rotate` (which tokens a prompt probe turns) are the defaults; `calibration`
+    says how they were found and is None while they are only a guess.
+    """
+
+    files: Mapping[str, FileEntry]
+    graphs: Mapping[str, GraphEntry]
+    source: Source
+    precision: str
+    opset: int
+    scheduler: Mapping[str, Any]
+    one_step: OneStep
+    tokens: Tokens
+    picture: Picture
+    checker: Checker
+    probe: ProbeConfig = field(default_factory=ProbeConfig)
+    rotate: str = "tokens+eos"
+    calibration: Mapping[str, Any] | None = None
+    defences: tuple[str, ...] = ()
+    verification: tuple[Row, ...] = ()
+    created_by: str = f"safelight {__version__}"
+    safelight_bundle: int = VERSION
+
+    def __post_init__(self) -> None:
+        if self.precision not in PRECISIONS:
+            raise ValueError(f"precision must be one of {PRECISIONS}; got {self.precision!r}")
+        if self.rotate not in ROTATED:
+            raise ValueError(f"rotate must be one of {ROTATED}; got {self.rotate!r}")
+        for name in (
+            *self.files,
+            *(part for graph in self.graphs.values() for part in (graph.path, *graph.external)),
+        ):
+            check_name(name)
+        if unknown := sorted(self.graphs.keys() - set(GRAPHS)):
+            raise ValueError(f"unknown graph {unknown[0]!r}; known are {GRAPHS}")
+        for graph in self.graphs.values():
+            if unlisted := [part for part in (graph.path, *graph.external) if part not in self.files]:
+                raise ValueError(f"{unlisted[0]} belongs to a graph and is not among the files")
+
+    @property
+    def schedule(self) -> NoiseSchedule:
+        """The noise schedule of the full model."""
+        return NoiseSchedule.from_config(self.scheduler)
+
+    @property
+    def bundle_id(self) -> str:
+        """The first 16 hexadecimal digits of the SHA-256 of the manifest as `write` writes it."""
+        return hashlib.sha256(self.to_bytes()).hexdigest()[:16]
+
+    def with_calibration(
+        self, probe: ProbeConfig, calibration: Mapping[str, Any], *, rotate: str | None = None
+    ) -> "Manifest":
+        """The same bundle with other probe defaults and the account of how they were found (plain JSON
+        values).
+        """
+        return replace(self, probe=probe, calibration=dict(calibration), rotate=rotate or self.rotate)
+
+    def to_bytes(self) -> bytes:
+        """The manifest as JSON; the same value always gives the same bytes."""
+        values = {"safelight_bundle": self.safelight_bundle} | {
+            item.name: _plain(getattr(self, item.name)) for item in fields(self)
+        }
+        return (json.dumps(values, indent=1, allow_nan=False, ensure_ascii=True) + "\n").encode()
+
+    def write(self, folder: Path) -> Path:
+        """Put the manifest into `folder`, whole or not at all; returns its path."""
+        path, partial = folder / MANIFEST, folder / f".{MANIFEST}.{os.getpid()}"
+        try:
+            with partial.open("wb") as file:
+                file.write(self.to_bytes())
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(partial, path)
+        finally:
+            partial.unlink(missing_ok=True)
+        return path
+
+    @classmethod
+    def load(
+        cls, folder: Path, *, verify: Literal["full", "sizes"] = "full", installed: bool = False
+    ) -> "Manifest":
+        """Read and check a bundle. Nothing of it is opened by another library before this returns.
+
+        `verify="sizes"` skips the SHA-256 of the files. `installed` is for the bundle inside the installed
+        package, whose files installers (uv, conda) hard-link from their cache; anywhere else a hard link is
+        refused. Raises BundleError.
+        """
+        if verify not in ("full", "sizes"):
+            raise ValueError(f"verify must be 'full' or 'sizes'; got {verify!r}")
+        if not folder.is_dir():
+            raise BundleError(
+                f"{folder} is not a bundle folder; make one with `safelight export MODEL {folder}`"
+            )
+        check_file(folder, MANIFEST, links=installed)
+        manifest = cls.from_json(read_json(folder / MANIFEST), str(folder / MANIFEST))
+        manifest.check(folder, verify=verify, installed=installed)
+        return manifest
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any], where: str = MANIFEST) -> "Manifest":
+        """Plain JSON values to a manifest; `where` names them in errors. Raises BundleError."""
+        if (version := values.get("safelight_bundle")) != VERSION:
+            raise BundleError(
+                f"{where}: bundle version {version!r} is unknown, this safelight reads {VERSION}; export "
+                f"the bundle again"
+            )
+        parts: dict[str, Any] = dict(values)
+        try:
+            for name, kind in (
+                ("source", Source),
+                ("one_step", OneStep),
+                ("tokens", Tokens),
+                ("picture", Picture),
+            ):
+                parts[name] = kind(**parts[name])
+            parts["checker"] = Checker(**parts["checker"])
+            parts["probe"] = ProbeConfig.from_json(parts["probe"])
+            parts["files"] = {name: FileEntry(**entry) for name, entry in parts["files"].items()}
+            parts["graphs"] = {name: GraphEntry(**entry) for name, entry in parts["graphs"].items()}
+            parts["verification"] = tuple(Row(**row) for row in parts["verification"])
+            parts["defences"] = tuple(parts["defences"])
+            return cls(**parts)
+        except BundleError as fault:
+            raise BundleError(f"{where}: {fault}") from None
+        except KeyError as fault:
+            raise BundleError(f"{where} lacks {fault}; export the bundle again") from None
+        except (TypeError, ValueError, AttributeError) as fault:
+            raise BundleError(
+                f"{where} is not a manifest of version {VERSION} ({fault}); export the bundle again"
+            ) from None
+
+    def check(
+        self, folder: Path, *, verify: Literal["full", "sizes"] = "full", installed: bool = False
+    ) -> None:
+        """Compare the folder with the manifest: parts, names, links, sizes, digests, references, class
+        names.
+        """
+        for graph in REQUIRED_GRAPHS:
+            if graph not in self.graphs:
+                raise BundleError(
+                    f"{folder / MANIFEST} names no {graph}; a bundle without one is not opened, export again"
+                )
+        for name in REQUIRED_FILES:
+            if name not in self.files:
+                raise BundleError(f"{folder / MANIFEST} does not list {name}; export the bundle again")
+        for name in list_files(folder):
+            if name != MANIFEST:
+                check_kind(folder, name, listed=name in self.files)
+        for name, entry in self.files.items():
+            status = check_file(folder, name, links=installed)
+            if status.st_size != entry.size_bytes:
+                raise BundleError(
+                    f"{folder / name} has {status.st_size} bytes, the manifest says {entry.size_bytes}; "
+                    f"export the bundle again"
+                )
+            if verify == "full" and digest(folder / name) != entry.sha256:
+                raise BundleError(
+                    f"{folder / name} was altered: its SHA-256 is not the manifest's; export the bundle again"
+                )
+        known = {part for graph in self.graphs.values() for part in (graph.path, *graph.external)}
+        for name in self.files:
+            if name.endswith((".onnx", ".onnx_data")) and name not in known:
+                raise BundleError(
+                    f"{folder / name} belongs to no graph of the manifest; export the bundle again"
+                )
+            if name.endswith(("config.json", "model_index.json")):
+                check_classes(folder / name)
+        for graph in self.graphs.values():
+            check_onnx(folder, graph.path, graph.external)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, ProbeConfig):
+        return value.to_json()
+    if hasattr(value, "__dataclass_fields__"):
+        return _plain(asdict(value))
+    if isinstance(value, Mapping):
+        return {key: _plain(value[key]) for key in sorted(value)}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return value
