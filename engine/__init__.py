@@ -1,0 +1,1 @@
+"""Opens a bundle and runs it: detect, generate. Knows no training, no export and no HTTP."""

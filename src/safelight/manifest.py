@@ -7,6 +7,7 @@ nothing else.
 
 import hashlib
 import json
+import math
 import os
 import re
 from collections.abc import Mapping
@@ -162,7 +163,8 @@ class Manifest:
 
     `scheduler` is the model's scheduler configuration; `one_step` the single call that is baked into the
     detector graph. `probe` and `rotate` (which tokens a prompt probe turns) are the defaults; `calibration`
-    says how they were found and is None while they are only a guess.
+    says how they were found and is None while they are only a guess. `guidance_scale` is the full model's default
+    in diffusers' convention, 1 for a model that takes no guidance.
     """
 
     files: Mapping[str, FileEntry]
@@ -177,6 +179,7 @@ class Manifest:
     checker: Checker
     probe: ProbeConfig = field(default_factory=ProbeConfig)
     rotate: str = "tokens+eos"
+    guidance_scale: float = 7.5
     calibration: Mapping[str, Any] | None = None
     defences: tuple[str, ...] = ()
     verification: tuple[Row, ...] = ()
@@ -188,6 +191,8 @@ class Manifest:
             raise ValueError(f"precision must be one of {PRECISIONS}; got {self.precision!r}")
         if self.rotate not in ROTATED:
             raise ValueError(f"rotate must be one of {ROTATED}; got {self.rotate!r}")
+        if not 0.0 <= self.guidance_scale < math.inf:
+            raise ValueError(f"guidance_scale must be finite and at least 0; got {self.guidance_scale!r}")
         for name in (
             *self.files,
             *(part for graph in self.graphs.values() for part in (graph.path, *graph.external)),

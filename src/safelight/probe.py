@@ -78,8 +78,9 @@ class ProbeConfig:
         """Why this configuration is less strict than `policy`, in words, or None where it is as strict or
         stricter.
 
-        Strictness is the number of probes (no fewer), the share that blocks (no larger) and, for kinds that have
-        one, the angle (half to twice the policy's: outside it nothing was calibrated, and at 0 nothing is probed).
+        Strictness is the number of probes (no fewer), the share that blocks (no larger) and, for kinds that
+        have one, the angle (half to twice the policy's: outside it nothing was calibrated, and at 0 nothing is
+        probed).
         """
         if self.count < policy.count:
             return f"count {self.count} is below the bundle's {policy.count}"
