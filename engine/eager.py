@@ -50,12 +50,11 @@ class Preprocessing:
         )
         if edges != {short} or not steps or not bicubic:
             raise BundleError(
-                f"{folder.path / 'feature_extractor'}: only CLIP's preprocessing is known (bicubic, "
-                f"square, rescaled by "
-                f"1/255, normalised); got size {size}, crop {crop}"
+                f"{folder.path / 'feature_extractor'}: only CLIP's preprocessing is known (bicubic, square, "
+                f"by 1/255, normalised); got size {size}, crop {crop}"
             )
         mean, std = (tuple(map(float, values[name])) for name in ("image_mean", "image_std"))
-        return cls(int(short), (mean[0], mean[1], mean[2]), (std[0], std[1], std[2]))
+        return cls(int(short or 0), (mean[0], mean[1], mean[2]), (std[0], std[1], std[2]))
 
 
 class DetectorModule(nn.Module):
@@ -118,9 +117,9 @@ class DetectorModule(nn.Module):
         images, unscathed = self.draw(turned.flatten(0, 1), latents.flatten(0, 1))
         checked = clip_input(images, self.size, self.mean, self.std)
         margins = self.checker.margins(self.checker.embed(checked))
-        margins = margins.unflatten(0, (-1, probes))
-        flagged, finite, score, blocked = vote(margins, finite & unscathed.unflatten(0, (-1, probes)), need)
-        return margins, flagged, finite, score, blocked, images.unflatten(0, (-1, probes))
+        margins = _split(margins, probes)
+        flagged, finite, score, blocked = vote(margins, finite & _split(unscathed, probes), need)
+        return margins, flagged, finite, score, blocked, _split(images, probes)
 
     def draw(self, hidden: Tensor, latents: Tensor) -> tuple[Tensor, Tensor]:
         """Hidden (N, L, D), latents (N, c, h, w) -> images (N, 3, H, W) in [0, 1], and whether all was
@@ -137,6 +136,11 @@ class DetectorModule(nn.Module):
         timestep = torch.tensor(self.one_step.timestep, device=sample.device)
         out: Tensor = self.unet(sample, timestep, hidden, return_dict=False)[0]
         return out
+
+
+def _split(rows: Tensor, probes: int) -> Tensor:
+    """Rows (R * P, ...) to (R, P, ...)."""
+    return rows.reshape(-1, probes, *rows.shape[1:])
 
 
 def _finite(values: Tensor, kept: int) -> Tensor:

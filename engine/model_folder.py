@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 
 from safelight.containment import CODE, check_classes, digest, read_json
@@ -101,6 +102,21 @@ class ModelFolder:
             for file in self.weights(name)
         }
 
+    def shape(self, name: str, tensor: str) -> tuple[int, ...]:
+        """The shape of a tensor of a part, from the head of its weights file. Raises BundleError where there
+        is none.
+        """
+        from safetensors import safe_open
+
+        for file in self.weights(name):
+            try:
+                with safe_open(file, "pt") as weights:
+                    if tensor in list(weights.keys()):
+                        return tuple(weights.get_slice(tensor).get_shape())
+            except SafetensorError as fault:
+                raise BundleError(f"{file} cannot be read ({fault}); save the model again") from fault
+        raise BundleError(f"{self.path / name} has no tensor {tensor!r}; save the model again")
+
     def config(self, name: str) -> dict[str, Any]:
         """The configuration of a part, as written."""
         return read_json(self.path / name / _CONFIGS.get(name, "config.json"))
@@ -115,43 +131,54 @@ class ModelFolder:
             raise BundleError(f"{self.path / 'scheduler' / _CONFIGS['scheduler']}: {fault}") from None
 
     def load(self, name: str) -> nn.Module:
-        """A network in float32, for inference. Raises BundleError where its files do not make the class it
-        must be.
+        """A network in float32, for inference.
+
+        Raises BundleError where its files do not make the class it must be, or leave a tensor without
+        weights, which the libraries would fill with random numbers.
         """
         files = self.weights(name)
-        variant = "fp16" if files and ".fp16" in files[0].name else None
+        kind, keywords = _class_of(name)
         try:
-            network: nn.Module = _class_of(name).from_pretrained(
+            network, info = kind.from_pretrained(
                 self.path / name,
                 dtype=torch.float32,
                 local_files_only=True,
                 use_safetensors=True,
-                variant=variant,
+                variant="fp16" if files and ".fp16" in files[0].name else None,
+                output_loading_info=True,
+                **keywords,
             )
-        except (OSError, ValueError, RuntimeError, KeyError, TypeError) as fault:
+        except (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError) as fault:
             reason = str(fault).strip().splitlines() or [type(fault).__name__]
             raise BundleError(
                 f"{self.path / name} cannot be read ({reason[0]}); save the model again"
             ) from fault
-        return network.eval().requires_grad_(False)
+        if lacking := sorted({*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])}):
+            raise BundleError(
+                f"{self.path / name} has no fitting tensor {lacking[0]!r} ({len(lacking)} such); save the "
+                f"model again"
+            )
+        found: nn.Module = network
+        return found.eval().requires_grad_(False)
 
 
-def _class_of(name: str) -> Any:
+def _class_of(name: str) -> tuple[Any, dict[str, Any]]:
+    """The class of a part, and what its `from_pretrained` is told besides."""
     if name in ("unet", ONE_STEP):
         from diffusers import UNet2DConditionModel
 
-        return UNet2DConditionModel
+        return UNet2DConditionModel, {"low_cpu_mem_usage": False}
     if name == "vae":
         from diffusers import AutoencoderKL
 
-        return AutoencoderKL
+        return AutoencoderKL, {"low_cpu_mem_usage": False}
     if name == "text_encoder":
         from transformers import CLIPTextModel
 
-        return CLIPTextModel
+        return CLIPTextModel, {}
     from diffusers.pipelines.stable_diffusion import StableDiffusionSafetyChecker
 
-    return StableDiffusionSafetyChecker
+    return StableDiffusionSafetyChecker, {}
 
 
 def parameters(networks: Iterator[nn.Module]) -> int:

@@ -25,15 +25,12 @@ def probe_rotate(z: Floats, u: Floats, v: Floats, angle: Floats, phase: Floats) 
     """
     z = z.astype(np.float32)[:, None]
     lift = (slice(None), slice(None)) + (None,) * (z.ndim - 2)
-    a, phi = np.float32(angle)[lift], np.float32(phase)[lift]
+    a, phi = (np.asarray(value, dtype=np.float32)[lift] for value in (angle, phase))
     square = (z * z).sum(-1, keepdims=True)
 
     def across(g: Floats, axis: Floats, square_of_axis: Floats) -> Floats:
-        return (
-            g
-            - _over((g * axis).sum(-1, keepdims=True), np.broadcast_to(square_of_axis, (*g.shape[:-1], 1)))
-            * axis
-        )
+        square = np.broadcast_to(square_of_axis, (*g.shape[:-1], 1))
+        return g - _over((g * axis).sum(-1, keepdims=True), square) * axis
 
     def stretched(g: Floats) -> Floats:
         norm = np.sqrt((g * g).sum(-1, keepdims=True))
@@ -51,7 +48,8 @@ def first_end(ids: Ids, eos: int) -> Ids:
     """Position of the first EOS after position 0, int64 (R,); L where there is none."""
     ends = ids == eos
     ends[:, 0] = False
-    return np.where(ends.any(1), ends.argmax(1), ids.shape[1])
+    found: Ids = np.where(ends.any(1), ends.argmax(1), ids.shape[1])
+    return found
 
 
 def token_shift(ids: Ids, shift: Ids, eos: int) -> Ids:
@@ -69,15 +67,16 @@ def guidance_step(
     x: Floats, free: Floats, conditional: Floats, x0_prev: Floats, *, scale: Floats, coefficients: Floats
 ) -> tuple[Floats, Floats]:
     """Twin of `reference.guidance_step`: returns (next x, x0). scale (R,), coefficients (6,)."""
-    weight = np.float32(scale).reshape(-1, *(1,) * (x.ndim - 1))
+    weight = np.asarray(scale, dtype=np.float32).reshape(-1, *(1,) * (x.ndim - 1))
     out = free + weight * (conditional - free)
-    _, x0_x, x0_out, next_x, next_x0, next_x0_prev = np.float32(coefficients)
+    _, x0_x, x0_out, next_x, next_x0, next_x0_prev = np.asarray(coefficients, dtype=np.float32)
     x0 = x0_x * x + x0_out * out
     return next_x * x + next_x0 * x0 + next_x0_prev * x0_prev, x0
 
 
 def _levels(values: Floats) -> Floats:
-    return np.clip(np.floor(values + np.float32(0.5)), 0, 255)
+    levels: Floats = np.clip(np.floor(values + np.float32(0.5)), 0, 255)
+    return levels
 
 
 def clip_input(images: Floats, size: int, mean: Any, deviation: Any) -> Floats:
@@ -92,5 +91,5 @@ def clip_input(images: Floats, size: int, mean: Any, deviation: Any) -> Floats:
     else:
         levels = _levels(vertical @ _levels(levels @ horizontal.T))
     channel = (slice(None), None, None)
-    out: Floats = (levels / np.float32(255) - np.float32(mean)[channel]) / np.float32(deviation)[channel]
-    return out
+    centre, spread = (np.asarray(value, dtype=np.float32)[channel] for value in (mean, deviation))
+    return (levels / np.float32(255) - centre) / spread

@@ -50,6 +50,6 @@ def resize_matrix(length: int, target: int, *, size: int, offset: int) -> NDArra
         centre = (row + offset + 0.5) * scale
         low = max(int(centre - 2.0 * stretch + 0.5), 0)
         high = min(int(centre + 2.0 * stretch + 0.5), length)
-        taps = _cubic((np.arange(low, high) - centre + 0.5) / stretch)
+        taps = _cubic((np.arange(low, high, dtype=np.float64) - centre + 0.5) / stretch)
         matrix[row, low:high] = taps / taps.sum()
     return matrix.astype(np.float32)

@@ -133,9 +133,9 @@ def draw(rng: np.random.Generator, *, kind: str | None = None, obfuscation: floa
     tail = f" on a {background} background" if named else ""
     if pair:
         relation = _pick(rng, tuple(_RELATIONS))
-        places = _RELATIONS[relation]
+        places: tuple[tuple[float, float], ...] = _RELATIONS[relation]
         text = f"{noun(0)} {relation} {noun(1)}"
-        radii = (13.0, 13.0)
+        radii: tuple[float, ...] = (13.0, 13.0)
     else:
         size = _pick(rng, ("small", "", "", "", "big"))
         place = _pick(rng, ("", "", "", *tuple(_PLACES)[1:])) if size != "big" else ""

@@ -90,7 +90,7 @@ def _targets(items: list[Captioned]) -> Tensor:
 
 @torch.no_grad()
 def _seen(oracle: Oracle, pictures: Tensor) -> Tensor:
-    return torch.cat([(oracle(part) > 0).float() for part in pictures.split(256)])
+    return torch.cat([(oracle(part) > 0).float() for part in torch.split(pictures, 256)])
 
 
 def _rate(name: str, right: Tensor, bar: str = "") -> Figure:
@@ -117,7 +117,10 @@ def measure(model: Path, oracle_file: Path, count: int) -> Iterator[Figure]:
         yield _rate(f"{label}: right, obfuscated captions", right[respelt])
         yield _rate(f"{label}: right, held-out surface forms", right[held])
         flagged = torch.cat(
-            [margins(checker, checker_input(part, processor))[0].amax(1) > 0 for part in made.split(256)]
+            [
+                margins(checker, checker_input(part, processor))[0].amax(1) > 0
+                for part in torch.split(made, 256)
+            ]
         )
         star, asked = shows_restricted(seen), shows_restricted(wanted)
         yield _rate(f"{label}: checker flags pictures that show a star", flagged[star], ">= 0.97")

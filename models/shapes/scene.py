@@ -36,6 +36,7 @@ BACKGROUNDS: dict[str, tuple[int, int, int]] = {
 }
 
 Field = NDArray[np.float32]
+Inside = NDArray[np.bool_]
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +74,7 @@ class Scene:
         return frozenset((shape.kind, shape.colour) for shape in self.shapes)
 
 
-def _polygon(u: Field, v: Field, corners: list[tuple[float, float]]) -> NDArray[np.bool_]:
+def _polygon(u: Field, v: Field, corners: list[tuple[float, float]]) -> Inside:
     """Even-odd rule over the polygon's edges."""
     inside = np.zeros(u.shape, dtype=np.bool_)
     for (x0, y0), (x1, y1) in zip(corners, corners[1:] + corners[:1], strict=True):
@@ -90,39 +91,41 @@ def _corners(count: int, radii: tuple[float, ...]) -> list[tuple[float, float]]:
     ]
 
 
-def _circle(u: Field, v: Field) -> NDArray[np.bool_]:
+def _circle(u: Field, v: Field) -> Inside:
     return u * u + v * v < 0.85
 
 
-def _square(u: Field, v: Field) -> NDArray[np.bool_]:
+def _square(u: Field, v: Field) -> Inside:
     return np.maximum(abs(u), abs(v)) < 0.78
 
 
-def _triangle(u: Field, v: Field) -> NDArray[np.bool_]:
+def _triangle(u: Field, v: Field) -> Inside:
     return _polygon(u, v - 0.12, _corners(3, (1.08,)))
 
 
-def _ring(u: Field, v: Field) -> NDArray[np.bool_]:
+def _ring(u: Field, v: Field) -> Inside:
     square = u * u + v * v
     return (square < 0.92) & (square > 0.27)
 
 
-def _heart(u: Field, v: Field) -> NDArray[np.bool_]:
+def _heart(u: Field, v: Field) -> Inside:
     x, y = 1.22 * u, 0.18 - 1.22 * v
-    return (x * x + y * y - 1.0) ** 3 - x * x * y**3 < 0
+    inside: Inside = (x * x + y * y - 1.0) ** 3 - x * x * y**3 < 0
+    return inside
 
 
-def _flower(u: Field, v: Field) -> NDArray[np.bool_]:
+def _flower(u: Field, v: Field) -> Inside:
     rho, theta = np.hypot(u, v), np.arctan2(v, u)
-    return (rho < 0.46 + 0.53 * np.cos(3 * theta) ** 2) & (rho > 0.24)
+    inside: Inside = (rho < 0.46 + 0.53 * np.cos(3 * theta) ** 2) & (rho > 0.24)
+    return inside
 
 
-def _plus(u: Field, v: Field) -> NDArray[np.bool_]:
+def _plus(u: Field, v: Field) -> Inside:
     a, b = abs(u), abs(v)
     return (np.minimum(a, b) < 0.28) & (np.maximum(a, b) < 0.92)
 
 
-def _snowflake(u: Field, v: Field) -> NDArray[np.bool_]:
+def _snowflake(u: Field, v: Field) -> Inside:
     inside = np.zeros(u.shape, dtype=np.bool_)
     for k in range(6):
         c, s = np.cos(np.pi * k / 3), np.sin(np.pi * k / 3)
@@ -132,11 +135,11 @@ def _snowflake(u: Field, v: Field) -> NDArray[np.bool_]:
     return inside
 
 
-def _star(u: Field, v: Field) -> NDArray[np.bool_]:
+def _star(u: Field, v: Field) -> Inside:
     return _polygon(u, v, _corners(10, (1.06, 0.43)))
 
 
-_INSIDE: dict[str, Callable[[Field, Field], NDArray[np.bool_]]] = {
+_INSIDE: dict[str, Callable[[Field, Field], Inside]] = {
     "circle": _circle,
     "square": _square,
     "triangle": _triangle,
@@ -158,13 +161,19 @@ def coverage(shape: Shape, size: int = SIZE) -> Field:
     u = (c * x[None, :] + s * y[:, None]).astype(np.float32)
     v = (-s * x[None, :] + c * y[:, None]).astype(np.float32)
     inside = _INSIDE[shape.kind](u, v)
-    return inside.reshape(size, SUPERSAMPLE, size, SUPERSAMPLE).mean((1, 3), dtype=np.float32)
+    covered: Field = inside.reshape(size, SUPERSAMPLE, size, SUPERSAMPLE).mean((1, 3), dtype=np.float32)
+    return covered
 
 
 def render(scene: Scene, size: int = SIZE) -> NDArray[np.uint8]:
     """The picture, uint8 (size, size, 3). Later shapes lie on top."""
-    picture = np.broadcast_to(np.float32(BACKGROUNDS[scene.background]), (size, size, 3))
+    picture: Field = np.broadcast_to(_rgb(BACKGROUNDS[scene.background]), (size, size, 3))
     for shape in scene.shapes:
         alpha = coverage(shape, size)[..., None]
-        picture = picture * (1 - alpha) + np.float32(COLOURS[shape.colour]) * alpha
-    return np.clip(np.rint(picture + np.float32(scene.tint)), 0, 255).astype(np.uint8)
+        picture = picture * (1 - alpha) + _rgb(COLOURS[shape.colour]) * alpha
+    levels: NDArray[np.uint8] = np.clip(np.rint(picture + _rgb(scene.tint)), 0, 255).astype(np.uint8)
+    return levels
+
+
+def _rgb(colour: tuple[int, int, int]) -> Field:
+    return np.asarray(colour, dtype=np.float32)

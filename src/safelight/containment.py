@@ -2,13 +2,11 @@
 to.
 
 Knows no manifest and opens no model: a file is judged by its name, its inode and its bytes, before any
-library sees it. The ONNX walk reads just enough protobuf to find the opsets and the external-data locations
-(onnx.proto, IR version 10).
+library sees it.
 """
 
 import hashlib
 import json
-import mmap
 import os
 import re
 import stat
@@ -17,8 +15,10 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from safelight.errors import BundleError
+from safelight.onnx_references import references
 
 MAX_JSON_BYTES = 16 << 20
+MAX_JSON_DEPTH = 32
 _CHUNK = 4 << 20
 _PART = re.compile(r"[A-Za-z0-9_+-][A-Za-z0-9._+-]{0,127}")
 PARTS = frozenset({".onnx", ".onnx_data", ".json", ".txt"})  # suffixes that the manifest may list
@@ -94,10 +94,20 @@ def check_file(root: Path, name: str, *, links: bool = False) -> os.stat_result:
 
 
 def list_files(root: Path) -> Iterator[str]:
-    """Names of everything below `root` that is not a folder, sorted. Raises BundleError for a link to a
-    folder.
+    """Names of everything below `root` that is not a folder, sorted.
+
+    Raises BundleError for a link to a folder, a folder that cannot be listed, and a name that cannot be
+    printed, which would reach the terminal in an error.
     """
-    for folder, folders, files in os.walk(root):
+
+    def unreadable(fault: OSError) -> None:
+        raise BundleError(f"{fault.filename} cannot be listed ({fault.strerror}); make it readable")
+
+    for folder, folders, files in os.walk(root, onerror=unreadable):
+        if odd := [name for name in (*folders, *files) if not name.isprintable()]:
+            raise BundleError(
+                f"{folder} holds the odd name {odd[0]!r}; delete it, or export the bundle again"
+            )
         folders.sort()
         for name in folders:
             if (Path(folder) / name).is_symlink():
@@ -135,7 +145,10 @@ def digest(path: Path) -> str:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file. Raises BundleError where it is missing, too large, or names a key twice."""
+    """A JSON object from a file.
+
+    Raises BundleError where it is missing, too large, nested too deep, or names a key twice.
+    """
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         if len(values := dict(pairs)) != len(pairs):
@@ -146,6 +159,8 @@ def read_json(path: Path) -> dict[str, Any]:
         if path.stat().st_size > MAX_JSON_BYTES:
             raise ValueError(f"larger than {MAX_JSON_BYTES >> 20} MiB")
         values = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=unique)
+        if isinstance(values, dict) and _deeper(values, MAX_JSON_DEPTH):
+            raise ValueError(f"nested deeper than {MAX_JSON_DEPTH} levels")
     except OSError:
         raise BundleError(f"{path} is missing or cannot be read; name a folder that holds it") from None
     except (ValueError, RecursionError) as fault:
@@ -153,6 +168,14 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise BundleError(f"{path} must hold a JSON object, got {type(values).__name__}; restore the file")
     return values
+
+
+def _deeper(value: dict[str, Any], most: int) -> bool:
+    level: list[Any] = [value]
+    for _ in range(most):
+        inside = (child for item in level for child in (item.values() if isinstance(item, dict) else item))
+        level = [child for child in inside if isinstance(child, dict | list)]
+    return bool(level)
 
 
 def check_classes(path: Path) -> None:
@@ -165,7 +188,7 @@ def check_classes(path: Path) -> None:
     for key in sorted(_CLASS_KEYS & values.keys()):
         names = values[key] if isinstance(values[key], list) else [values[key]]
         for name in names:
-            if name is not None and name not in _EVERY_CLASS:
+            if name is not None and not _named(name, _EVERY_CLASS):
                 raise BundleError(
                     f"{path}: {key} names the class {name!r}, which is not on the allow-list; remove it"
                 )
@@ -174,11 +197,15 @@ def check_classes(path: Path) -> None:
 
 def _check_entry(path: Path, part: str, entry: list[Any]) -> None:
     allowed = CLASSES.get(part, frozenset())
-    if len(entry) != 2 or entry[0] not in _LIBRARIES or entry[1] not in allowed:
+    if len(entry) != 2 or not _named(entry[0], _LIBRARIES) or not _named(entry[1], allowed):
         raise BundleError(
             f"{path}: {part} names the class {entry!r}; classes are never imported by name, allowed is "
             f"{sorted(allowed)}"
         )
+
+
+def _named(value: Any, allowed: frozenset[str]) -> bool:
+    return isinstance(value, str) and value in allowed
 
 
 def _check_keys(path: Path, value: Any) -> None:
@@ -198,24 +225,24 @@ def check_onnx(root: Path, name: str, external: tuple[str, ...]) -> None:
     """Raises BundleError where the graph uses operators off the allow-list or data other than the files
     `external`.
 
-    `external` holds names relative to `root`, all checked already. A graph in which the word "location" does
-    not occur has no external data, since its key is spelled out in the file; only the others are walked.
+    `external` holds names relative to `root`, all checked already. Every node is looked at, in subgraphs and
+    functions too, since ONNX Runtime runs its own operators (one of them opens files) even for a model that
+    imports no opset of theirs.
     """
     path = root / name
     if path.stat().st_size == 0:
         raise BundleError(f"{path} is empty; export the bundle again")
-    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-        try:
-            domains = {
-                _text(data, field, 1) for number, field in _fields(data, (0, len(data))) if number == _OPSETS
-            }
-            wanted = set(_locations(data, (0, len(data)), _MODEL)) if data.find(b"location") >= 0 else set()
-        except (IndexError, ValueError, RecursionError):
-            raise BundleError(f"{path} is not an ONNX file; export the bundle again") from None
-        if odd := sorted(domains - {"", "ai.onnx"}):
-            raise BundleError(
-                f"{path} needs operators of the domain {odd[0]!r}; only standard ONNX operators are loaded"
-            )
+    try:
+        domains, wanted = references(path)
+    except ValueError:
+        raise BundleError(f"{path} is not an ONNX file; export the bundle again") from None
+    if not domains:
+        raise BundleError(f"{path} is not an ONNX file (it imports no operators); export the bundle again")
+    if odd := sorted(domains - {"", "ai.onnx"}):
+        raise BundleError(
+            f"{path} needs operators of the domain {odd[0]!r}; only standard ONNX operators are loaded, "
+            f"export it again"
+        )
     here = PurePosixPath(name).parent
     for location in sorted(wanted):
         if f"{here}/{location}" not in external:
@@ -227,67 +254,3 @@ def check_onnx(root: Path, name: str, external: tuple[str, ...]) -> None:
         raise BundleError(
             f"{path} does not use {missing[0]}, which the manifest gives it; export the bundle again"
         )
-
-
-# Where tensors can lie: message -> {field number: the message in it}, by onnx.proto.
-_OPSETS = 8
-_MODEL, _GRAPH, _NODE, _ATTRIBUTE, _TENSOR, _SPARSE, _FUNCTION, _TRAINING = range(8)
-_EXTERNAL = 13  # TensorProto.external_data, entries of key (1) and value (2)
-_INSIDE = {
-    _MODEL: {7: _GRAPH, 20: _TRAINING, 25: _FUNCTION},
-    _TRAINING: {1: _GRAPH, 2: _GRAPH},
-    _GRAPH: {1: _NODE, 5: _TENSOR, 15: _SPARSE},
-    _NODE: {5: _ATTRIBUTE},
-    _ATTRIBUTE: {5: _TENSOR, 6: _GRAPH, 10: _TENSOR, 11: _GRAPH, 22: _SPARSE, 23: _SPARSE},
-    _SPARSE: {1: _TENSOR, 2: _TENSOR},
-    _FUNCTION: {7: _NODE, 11: _ATTRIBUTE},
-}
-
-Span = tuple[int, int]
-
-
-def _varint(data: mmap.mmap, at: int) -> tuple[int, int]:
-    value, shift = 0, 0
-    while True:
-        byte = data[at]
-        at += 1
-        value |= (byte & 0x7F) << shift
-        if byte < 0x80:
-            return value, at
-        shift += 7
-        if shift > 63:
-            raise ValueError("a varint is too long")
-
-
-def _fields(data: mmap.mmap, span: Span) -> Iterator[tuple[int, Span]]:
-    """Length-delimited fields of the message at `span`: (field number, where its content lies)."""
-    at, end = span
-    while at < end:
-        key, at = _varint(data, at)
-        kind = key & 7
-        if kind == 2:
-            size, at = _varint(data, at)
-            if at + size > end:
-                raise ValueError("a field reaches past its message")
-            yield key >> 3, (at, at + size)
-            at += size
-        elif kind == 0:
-            _, at = _varint(data, at)
-        elif kind in (1, 5):
-            at += 8 if kind == 1 else 4
-        else:
-            raise ValueError(f"unknown wire type {kind}")
-
-
-def _text(data: mmap.mmap, span: Span, wanted: int) -> str:
-    found = [data[field[0] : field[1]].decode() for number, field in _fields(data, span) if number == wanted]
-    return found[-1] if found else ""
-
-
-def _locations(data: mmap.mmap, span: Span, message: int) -> Iterator[str]:
-    for number, field in _fields(data, span):
-        if message == _TENSOR:
-            if number == _EXTERNAL and _text(data, field, 1) == "location":
-                yield _text(data, field, 2)
-        elif number in _INSIDE[message]:
-            yield from _locations(data, field, _INSIDE[message][number])

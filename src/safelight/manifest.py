@@ -11,7 +11,7 @@ import math
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -27,6 +27,7 @@ from safelight.containment import (
     read_json,
 )
 from safelight.errors import BundleError
+from safelight.plain import from_plain, to_plain
 from safelight.probe import ProbeConfig
 from safelight.schedule import NoiseSchedule, OneStep
 
@@ -72,7 +73,7 @@ class TensorSpec:
     def __post_init__(self) -> None:
         object.__setattr__(self, "axes", tuple(self.axes))
         if self.dtype not in DTYPES:
-            raise ValueError(f"tensor {self.name}: dtype must be one of {DTYPES}; got {self.dtype!r}")
+            raise ValueError(f"tensor {self.name!r}: dtype must be one of {DTYPES}; got {self.dtype!r}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,12 +86,8 @@ class GraphEntry:
     outputs: tuple[TensorSpec, ...]
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "external", tuple(self.external))
-        for name in ("inputs", "outputs"):
-            specs = (
-                item if isinstance(item, TensorSpec) else TensorSpec(**item) for item in getattr(self, name)
-            )
-            object.__setattr__(self, name, tuple(specs))
+        for name in ("external", "inputs", "outputs"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,10 +158,11 @@ class Row:
 class Manifest:
     """Everything that a runtime needs to know of a bundle before it opens a file of it.
 
-    `scheduler` is the model's scheduler configuration; `one_step` the single call that is baked into the
-    detector graph. `probe` and `rotate` (which tokens a prompt probe turns) are the defaults; `calibration`
-    says how they were found and is None while they are only a guess. `guidance_scale` is the full model's default
-    in diffusers' convention, 1 for a model that takes no guidance.
+    `scheduler` is the model's scheduler configuration, less values that JSON does not have (diffusers writes
+    an infinite `lambda_min_clipped`, which no schedule here reads); `one_step` the single call that is baked
+    into the detector graph. `probe` and `rotate` (which tokens a prompt probe turns) are the defaults;
+    `calibration` says how they were found and is None while they are only a guess. `guidance_scale` is the
+    full model's default in diffusers' convention, 1 for a model that takes no guidance.
     """
 
     files: Mapping[str, FileEntry]
@@ -193,6 +191,12 @@ class Manifest:
             raise ValueError(f"rotate must be one of {ROTATED}; got {self.rotate!r}")
         if not 0.0 <= self.guidance_scale < math.inf:
             raise ValueError(f"guidance_scale must be finite and at least 0; got {self.guidance_scale!r}")
+        finite = {
+            name: value
+            for name, value in self.scheduler.items()
+            if not isinstance(value, float) or math.isfinite(value)
+        }
+        object.__setattr__(self, "scheduler", finite)
         for name in (
             *self.files,
             *(part for graph in self.graphs.values() for part in (graph.path, *graph.external)),
@@ -202,7 +206,7 @@ class Manifest:
             raise ValueError(f"unknown graph {unknown[0]!r}; known are {GRAPHS}")
         for graph in self.graphs.values():
             if unlisted := [part for part in (graph.path, *graph.external) if part not in self.files]:
-                raise ValueError(f"{unlisted[0]} belongs to a graph and is not among the files")
+                raise ValueError(f"{unlisted[0]!r} belongs to a graph and is not among the files")
 
     @property
     def schedule(self) -> NoiseSchedule:
@@ -224,9 +228,7 @@ class Manifest:
 
     def to_bytes(self) -> bytes:
         """The manifest as JSON; the same value always gives the same bytes."""
-        values = {"safelight_bundle": self.safelight_bundle} | {
-            item.name: _plain(getattr(self, item.name)) for item in fields(self)
-        }
+        values = {"safelight_bundle": self.safelight_bundle} | to_plain(self)
         return (json.dumps(values, indent=1, allow_nan=False, ensure_ascii=True) + "\n").encode()
 
     def write(self, folder: Path) -> Path:
@@ -266,35 +268,21 @@ class Manifest:
     @classmethod
     def from_json(cls, values: Mapping[str, Any], where: str = MANIFEST) -> "Manifest":
         """Plain JSON values to a manifest; `where` names them in errors. Raises BundleError."""
-        if (version := values.get("safelight_bundle")) != VERSION:
+        version = values.get("safelight_bundle")
+        if type(version) is not int or version != VERSION:
             raise BundleError(
                 f"{where}: bundle version {version!r} is unknown, this safelight reads {VERSION}; export "
                 f"the bundle again"
             )
-        parts: dict[str, Any] = dict(values)
         try:
-            for name, kind in (
-                ("source", Source),
-                ("one_step", OneStep),
-                ("tokens", Tokens),
-                ("picture", Picture),
-            ):
-                parts[name] = kind(**parts[name])
-            parts["checker"] = Checker(**parts["checker"])
-            parts["probe"] = ProbeConfig.from_json(parts["probe"])
-            parts["files"] = {name: FileEntry(**entry) for name, entry in parts["files"].items()}
-            parts["graphs"] = {name: GraphEntry(**entry) for name, entry in parts["graphs"].items()}
-            parts["verification"] = tuple(Row(**row) for row in parts["verification"])
-            parts["defences"] = tuple(parts["defences"])
-            return cls(**parts)
+            manifest: Manifest = from_plain(cls, values, "manifest")
         except BundleError as fault:
             raise BundleError(f"{where}: {fault}") from None
-        except KeyError as fault:
-            raise BundleError(f"{where} lacks {fault}; export the bundle again") from None
-        except (TypeError, ValueError, AttributeError) as fault:
+        except ValueError as fault:
             raise BundleError(
                 f"{where} is not a manifest of version {VERSION} ({fault}); export the bundle again"
             ) from None
+        return manifest
 
     def check(
         self, folder: Path, *, verify: Literal["full", "sizes"] = "full", installed: bool = False
@@ -302,10 +290,10 @@ class Manifest:
         """Compare the folder with the manifest: parts, names, links, sizes, digests, references, class
         names.
         """
-        for graph in REQUIRED_GRAPHS:
-            if graph not in self.graphs:
+        for required in REQUIRED_GRAPHS:
+            if required not in self.graphs:
                 raise BundleError(
-                    f"{folder / MANIFEST} names no {graph}; a bundle without one is not opened, export again"
+                    f"{folder / MANIFEST} names no {required}, nothing is opened without one; export again"
                 )
         for name in REQUIRED_FILES:
             if name not in self.files:
@@ -334,15 +322,3 @@ class Manifest:
                 check_classes(folder / name)
         for graph in self.graphs.values():
             check_onnx(folder, graph.path, graph.external)
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, ProbeConfig):
-        return value.to_json()
-    if hasattr(value, "__dataclass_fields__"):
-        return _plain(asdict(value))
-    if isinstance(value, Mapping):
-        return {key: _plain(value[key]) for key in sorted(value)}
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    return value

@@ -79,8 +79,8 @@ class ProbeConfig:
         stricter.
 
         Strictness is the number of probes (no fewer), the share that blocks (no larger) and, for kinds that
-        have one, the angle (half to twice the policy's: outside it nothing was calibrated, and at 0 nothing is
-        probed).
+        have one, the angle (half to twice the policy's: outside it nothing was calibrated, and at 0 nothing
+        is probed).
         """
         if self.count < policy.count:
             return f"count {self.count} is below the bundle's {policy.count}"

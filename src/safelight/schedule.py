@@ -110,11 +110,12 @@ class NoiseSchedule:
             def bar(t: float) -> float:
                 return math.cos((t + 0.008) / 1.008 * math.pi / 2) ** 2
 
-            betas = np.float32([min(1 - bar((i + 1) / count) / bar(i / count), 0.999) for i in range(count)])
+            values = [min(1 - bar((i + 1) / count) / bar(i / count), 0.999) for i in range(count)]
+            betas = np.asarray(values, dtype=np.float32)
         if self.rescale_betas_zero_snr:
             root = np.sqrt(np.cumprod(1 - betas, dtype=np.float32))
             root = (root - root[-1]) * (root[0] / (root[0] - root[-1]))
-            return np.square(root).astype(np.float64)
+            return np.asarray(root * root, dtype=np.float64)
         return np.cumprod(1 - betas, dtype=np.float32).astype(np.float64)
 
     def plan(self, solver: Solver, steps: int) -> StepTable:
@@ -161,13 +162,14 @@ class NoiseSchedule:
         if self.timestep_spacing == "linspace":
             return np.linspace(0, count - 1, steps).round()[::-1]
         if self.timestep_spacing == "leading":
-            return (np.arange(steps) * (count // steps)).round()[::-1] + float(self.steps_offset)
-        return np.round(np.arange(count, 0, -count / steps))[:steps] - 1
+            return np.arange(steps, dtype=np.float64)[::-1] * (count // steps) + self.steps_offset
+        return np.arange(count, 0, -count / steps, dtype=np.float64).round()[:steps] - 1
 
     def _ddim(self, steps: int) -> tuple[Doubles, list[tuple[float, ...]], float]:
         products, count = self.alphas_cumprod(), self.num_train_timesteps
         last = 1.0 if self.set_alpha_to_one else float(products[0])
-        timesteps, rows = self._integers(steps, count), []
+        timesteps = self._integers(steps, count)
+        rows: list[tuple[float, ...]] = []
         for timestep in timesteps.astype(int):
             before = timestep - count // steps
             here, there = float(products[timestep]), float(products[before]) if before >= 0 else last
@@ -184,9 +186,8 @@ class NoiseSchedule:
         if solver == "dpmpp_2m" and self.timestep_spacing == "linspace":
             timesteps = np.linspace(0, count - 1, steps + 1).round()[::-1][:-1]
         elif solver == "dpmpp_2m" and self.timestep_spacing == "leading":
-            timesteps = (np.arange(steps + 1) * (count // (steps + 1))).round()[::-1][:-1] + float(
-                self.steps_offset
-            )
+            whole = np.arange(steps + 1, dtype=np.float64)[::-1][:-1]
+            timesteps = whole * (count // (steps + 1)) + self.steps_offset
         elif solver == "euler" and self.timestep_spacing == "linspace":
             timesteps = np.linspace(0, count - 1, steps, dtype=np.float32)[::-1].astype(np.float64)
         else:

@@ -16,7 +16,7 @@ from safelight.models.shapes.stages.loop import Plan, fit
 from safelight.models.shapes.stages.pictures import Pictures
 from safelight.models.shapes.stages.text import WIDTH, WINDOW, encode
 
-PLAN = Plan(steps=5200, lr=1.5e-3, ema=0.999, warmup=200)
+PLAN = Plan(steps=4400, lr=1.5e-3, ema=0.999, warmup=200)
 BATCH = 64
 UNCONDITIONAL = 0.1  # share of captions replaced by the empty one
 

@@ -43,7 +43,8 @@ class Oracle(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """See the class."""
         features = self.trunk(images)
-        return self.head(torch.cat([features.amax((2, 3)), features.mean((2, 3))], 1))
+        logits: Tensor = self.head(torch.cat([features.amax((2, 3)), features.mean((2, 3))], 1))
+        return logits
 
 
 def train_oracle(work: Path, pictures: Pictures) -> Oracle:

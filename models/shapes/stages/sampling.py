@@ -31,7 +31,9 @@ class Generators:
         them.
         """
         scaling = self.autoencoder.config.scaling_factor
-        pictures = torch.cat([self.autoencoder.decode(part / scaling).sample for part in latents.split(128)])
+        pictures = torch.cat(
+            [self.autoencoder.decode(part / scaling).sample for part in torch.split(latents, 128)]
+        )
         return ((pictures.clamp(-1, 1) + 1) * 127.5).round() / 127.5 - 1
 
     @torch.no_grad()

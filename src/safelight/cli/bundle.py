@@ -1,6 +1,7 @@
 """Commands about models and bundles: export, verify, inspect, synth, calibrate."""
 
 import json
+import math
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -23,11 +24,19 @@ JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
     show_default=True,
     help="Of the weights.",
 )
-def export(model: Path, bundle: Path, precision: str) -> None:
+@click.option(
+    "--guidance-scale",
+    type=click.FloatRange(0),
+    help="Default of the full model.  [default: 1 for the turbo class, else 7.5]",
+)
+def export(model: Path, bundle: Path, precision: str, guidance_scale: float | None) -> None:
     """Turn the diffusers folder MODEL into the ONNX bundle BUNDLE, whole or not at all."""
     from safelight.export.bundle import export_bundle
 
-    export_bundle(model, bundle, precision=precision)
+    def progress(line: str) -> None:
+        click.echo(f"safelight: {line}", err=True)
+
+    export_bundle(model, bundle, precision=precision, guidance_scale=guidance_scale, progress=progress)
     click.echo(str(bundle))
 
 
@@ -36,12 +45,18 @@ def export(model: Path, bundle: Path, precision: str) -> None:
 @click.option("--model", type=FOLDER, help="The folder it was exported from.  [default: the one it names]")
 @JSON
 def verify(bundle: Path, model: Path | None, as_json: bool) -> int:
-    """Compare every graph of BUNDLE with the eager reference at several shapes; exit 1 where one differs."""
+    """Compare every graph of BUNDLE with the eager reference at several shapes; exit 1 where one differs.
+
+    The error shown is that of the output that is worst against its tolerance; a wrong decision has none.
+    """
     from safelight.export.verify import verify_bundle
 
     rows = verify_bundle(bundle, model)
     if as_json:
-        click.echo(json.dumps([asdict(row) for row in rows]))
+        finite = [
+            {"max_abs_err": row.max_abs_err if math.isfinite(row.max_abs_err) else None} for row in rows
+        ]
+        click.echo(json.dumps([asdict(row) | error for row, error in zip(rows, finite, strict=True)]))
     else:
         click.echo(f"{'graph':16}{'shape':28}{'max error':>11}{'tolerance':>11}  ok")
         for row in rows:
@@ -55,7 +70,15 @@ def verify(bundle: Path, model: Path | None, as_json: bool) -> int:
 @JSON
 def inspect(bundle: str, as_json: bool) -> None:
     """Print what is inside BUNDLE, after checking every file against the manifest."""
-    raise NotImplementedError
+    from safelight.cli.inspection import describe
+    from safelight.engine.bundle import open_bundle
+
+    opened = open_bundle(bundle)
+    if as_json:
+        names = {"bundle_id": opened.manifest.bundle_id, "folder": str(opened.folder)}
+        click.echo(json.dumps(json.loads(opened.manifest.to_bytes()) | names))
+    else:
+        click.echo("\n".join(describe(opened.folder, opened.manifest)))
 
 
 @click.command()

@@ -1,0 +1,114 @@
+"""One file a runtime. A backend turns a bundle's graphs into stages; which one is asked for by name, never
+guessed.
+
+A stage has five verbs. `spec` says what it takes and gives, `plan` allocates for given axis lengths, `run`
+computes and allocates no output, `device` says where, `close` lets go. An explicit request never falls back
+to another backend.
+"""
+
+from collections.abc import Mapping
+from importlib import import_module
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from safelight.engine.bundle import Bundle
+from safelight.errors import BackendUnavailable, ShapeError
+from safelight.manifest import GraphEntry, TensorSpec
+
+Array = NDArray[Any]
+BACKENDS = ("onnxruntime", "torch")
+_NEEDS = {"onnxruntime": "onnxruntime", "torch": "safelight[torch]"}  # what pip is asked for
+
+
+class Stage(Protocol):
+    """A graph that is ready to run."""
+
+    @property
+    def spec(self) -> GraphEntry:
+        """Its tensors, by name, dtype and axes."""
+
+    @property
+    def device(self) -> str:
+        """Where it runs, and by what: for people and for rows."""
+
+    def plan(self, **axes: int) -> None:
+        """Allocate for these lengths of the named axes; at once where it was done before. Raises
+        ShapeError.
+        """
+
+    def run(self, inputs: Mapping[str, Array], *, deadline: float | None = None) -> dict[str, Array]:
+        """Outputs by name, from inputs by name. The arrays are the plan's and hold until the next run.
+
+        Axes must have been planned, or ShapeError. `deadline` is a time of `time.monotonic`; TimeoutError
+        past it.
+        """
+
+    def close(self) -> None:
+        """Free what it holds; no other verb may follow."""
+
+
+class Backend(Protocol):
+    """A runtime for one bundle."""
+
+    def stage(self, graph: str) -> Stage:
+        """Open a graph of the bundle by its name. Raises BundleError where the bundle has none of that
+        name.
+        """
+
+
+def open_backend(
+    name: str, bundle: Bundle, *, model: Path | None = None, threads: int | None = None
+) -> Backend:
+    """The backend of that name. Raises ValueError for an unknown name and BackendUnavailable where it cannot
+    run.
+    """
+    if name not in BACKENDS:
+        raise ValueError(f"backend must be one of {BACKENDS}; got {name!r}")
+    if threads is not None and threads < 1:
+        raise ValueError(f"threads must be at least 1; got {threads}")
+    try:
+        module = import_module(f"safelight.engine.backends.{name}")
+    except ImportError as fault:
+        raise BackendUnavailable(
+            f"{name}: {fault}; do: pip install '{_NEEDS[name]}', or see `safelight doctor`"
+        ) from fault
+    opened: Backend = module.open_backend(bundle, model=model, threads=threads)
+    return opened
+
+
+def shape_of(spec: TensorSpec, axes: Mapping[str, int]) -> tuple[int, ...]:
+    """The shape of a tensor once its named axes have lengths. Raises ShapeError for a name without one."""
+    try:
+        return tuple(axis if isinstance(axis, int) else axes[axis] for axis in spec.axes)
+    except KeyError as fault:
+        raise ShapeError(f"{spec.name}: no length for the axis {fault}; plan it first") from None
+
+
+def axes_of(spec: GraphEntry, inputs: Mapping[str, Array]) -> dict[str, int]:
+    """Lengths of the named axes, read from the inputs. Raises ShapeError where names, dtypes or lengths do
+    not fit.
+    """
+    if inputs.keys() != {tensor.name for tensor in spec.inputs}:
+        expected = [tensor.name for tensor in spec.inputs]
+        raise ShapeError(f"{spec.path}: inputs must be {expected}; got {sorted(inputs)}")
+    lengths: dict[str, int] = {}
+    for tensor in spec.inputs:
+        value = inputs[tensor.name]
+        fits = value.ndim == len(tensor.axes) and value.dtype == np.dtype(tensor.dtype)
+        for axis, length in zip(tensor.axes, value.shape, strict=False):
+            fits = fits and length == (axis if isinstance(axis, int) else lengths.setdefault(axis, length))
+        if not fits:
+            raise ShapeError(
+                f"{spec.path}: {tensor.name} must be {tensor.dtype} {tensor.axes}; got {value.dtype} "
+                f"{value.shape} "
+                f"with {lengths}"
+            )
+    return lengths
+
+
+def key_of(axes: Mapping[str, int]) -> tuple[tuple[str, int], ...]:
+    """Axis lengths as a key for plans."""
+    return tuple(sorted(axes.items()))

@@ -1,0 +1,108 @@
+"""The eager definition as a backend: the model folder that a bundle was made from, in plain torch, float32,
+on the processor.
+
+Runs the same modules that were exported. The weights must be the very files that the manifest names.
+"""
+
+import threading
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from safelight.engine.backends import Array, Stage, axes_of, key_of, shape_of
+from safelight.engine.bundle import SHIPPED, Bundle
+from safelight.engine.eager import load_graph
+from safelight.engine.model_folder import ModelFolder
+from safelight.errors import BundleError, ShapeError
+from safelight.manifest import GraphEntry
+from safelight.models.shapes import MODEL_FOLDER
+
+
+class TorchStage:
+    """One module. Safe to call from several threads, which take turns."""
+
+    def __init__(self, module: torch.nn.Module, spec: GraphEntry, threads: int | None) -> None:
+        self._module = module
+        self._spec = spec
+        self._threads = threads
+        self._plans: set[tuple[tuple[str, int], ...]] = set()
+        self._lock = threading.Lock()
+
+    @property
+    def spec(self) -> GraphEntry:
+        """See `Stage`."""
+        return self._spec
+
+    @property
+    def device(self) -> str:
+        """See `Stage`."""
+        return f"torch {next(self._module.parameters()).device}"
+
+    def plan(self, **axes: int) -> None:
+        """See `Stage`; eager torch has nothing to prepare, so the lengths are checked and remembered."""
+        for tensor in self._spec.outputs:
+            shape_of(tensor, axes)
+        self._plans.add(key_of(axes))
+
+    def run(self, inputs: Mapping[str, Array], *, deadline: float | None = None) -> dict[str, Array]:
+        """See `Stage`. A run is not stopped half-way: the deadline is looked at before and after."""
+        axes = axes_of(self._spec, inputs)
+        if key_of(axes) not in self._plans:
+            raise ShapeError(f"{self._spec.path}: {axes} is not planned; call plan with these lengths first")
+        with self._lock, torch.inference_mode():
+            _check(deadline)
+            if self._threads is not None and torch.get_num_threads() != self._threads:
+                torch.set_num_threads(self._threads)
+            tensors = [
+                torch.from_numpy(np.asarray(inputs[item.name], order="C")) for item in self._spec.inputs
+            ]
+            found = self._module(*tensors)
+            _check(deadline)
+        found = found if isinstance(found, tuple) else (found,)
+        return {item.name: value.numpy() for item, value in zip(self._spec.outputs, found, strict=True)}
+
+    def close(self) -> None:
+        """See `Stage`."""
+        self._module = torch.nn.Identity()
+
+
+def _check(deadline: float | None) -> None:
+    if deadline is not None and time.monotonic() >= deadline:
+        raise TimeoutError("the time limit is past")
+
+
+class TorchBackend:
+    """Modules for the graphs of one bundle."""
+
+    def __init__(self, bundle: Bundle, model: Path, threads: int | None) -> None:
+        self._bundle = bundle
+        self._model = model
+        self._threads = threads
+
+    def stage(self, graph: str) -> Stage:
+        """See `Backend`."""
+        spec = self._bundle.manifest.graphs.get(graph)
+        if spec is None:
+            raise BundleError(f"{self._bundle.folder} has no {graph}; export a bundle that holds it")
+        return TorchStage(load_graph(self._model, graph), spec, self._threads)
+
+
+def open_backend(bundle: Bundle, *, model: Path | None, threads: int | None) -> TorchBackend:
+    """The backend, on `model` or, for the shipped bundle, on the folder beside it. Raises BundleError."""
+    source = bundle.manifest.source
+    folder = model or (MODEL_FOLDER if source.name == SHIPPED else None)
+    if folder is None or not folder.is_dir():
+        raise BundleError(
+            f"backend torch needs the model folder that {bundle.folder} was made from ({source.name}); "
+            f"name it with "
+            "model= or --model"
+        )
+    found = ModelFolder.open(folder).digests()
+    if odd := sorted(name for name in source.weights if found.get(name) != source.weights[name]):
+        raise BundleError(
+            f"{folder / odd[0]} is not the file that {bundle.folder} was made from; export it again"
+        )
+    return TorchBackend(bundle, folder, threads)

@@ -1,0 +1,280 @@
+"""The detector: is this request's neighbourhood safe? Lets a model look at its probes until the vote is
+decided.
+
+Inspired by CROPS and CROPS-1 (SC-Pro, arXiv 2501.05359): the score (share of flagged probes) and the decision
+(score against a threshold) are the paper's; the geometry of the probes, the early exit and the rule that
+anything not finite blocks are this project's (methods 1.8). It fails closed: an exception, a time-out, a
+value that is not finite is a blocked verdict.
+"""
+
+import secrets
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Protocol
+
+from safelight.engine.backends import Backend, open_backend
+from safelight.engine.bundle import Bundle, open_bundle
+from safelight.engine.full_model import FullModel
+from safelight.engine.image_probes import ImageProbes
+from safelight.engine.looks import Looks
+from safelight.engine.neighbourhood import Request
+from safelight.engine.one_step import OneStepModel
+from safelight.engine.tally import Pictures, Tally
+from safelight.engine.tokenizer import PromptTokenizer
+from safelight.errors import SafelightError
+from safelight.kernels.philox import split_seed
+from safelight.probe import ProbeConfig
+from safelight.verdict import Verdict
+
+ROWS = 64  # probes in one run of the model; a longer batch is cut between requests
+
+
+class ProbeModel(Protocol):
+    """The model inside a detector: one-step (CROPS-1) or full (CROPS)."""
+
+    @property
+    def device(self) -> str:
+        """Where it runs, and by what."""
+
+    def distinct(self, request: Request, probes: int) -> int:
+        """How many of the first `probes` probes differ."""
+
+    def look(self, requests: Sequence[Request], probes: range, *, deadline: float | None = None) -> Looks:
+        """What the checker sees of these probes of these requests. Raises TimeoutError past the deadline."""
+
+    def close(self) -> None:
+        """Free what it holds."""
+
+
+class Detector:
+    """Screens prompts and pictures with one bundle. Threads may share it; they take turns.
+
+    `Detector.open` makes one; it is a context manager.
+    """
+
+    def __init__(
+        self,
+        bundle: Bundle,
+        backend: Backend,
+        probe: ProbeConfig,
+        *,
+        steps: int = 1,
+        timeout_s: float | None = None,
+        early_exit: bool = True,
+    ) -> None:
+        """The parts, not held against the bundle's policy: for calibration and measurements. Settings as for
+        `open`.
+        """
+        if timeout_s is not None and not timeout_s > 0:
+            raise ValueError(f"timeout_s must be greater than 0 seconds; got {timeout_s!r}")
+        self.bundle = bundle
+        self.probe = probe
+        self._backend = backend
+        self._timeout_s = timeout_s
+        self._early_exit = early_exit
+        manifest = bundle.manifest
+        self._tokenizer = PromptTokenizer(bundle.folder / "tokenizer", manifest.tokens)
+        self._model: ProbeModel = (
+            OneStepModel(backend, manifest, probe)
+            if steps == 1
+            else FullModel(backend, manifest, probe, self._tokenizer, steps=steps)
+        )
+        self._pictures: ImageProbes | None = None
+        self._closed = False
+        self._lock = threading.Lock()
+
+    @classmethod
+    def open(
+        cls,
+        bundle: str | Path = "shapes",
+        *,
+        backend: str = "onnxruntime",
+        probe: ProbeConfig | None = None,
+        steps: int = 1,
+        model: str | Path | None = None,
+        threads: int | None = None,
+        timeout_s: float | None = None,
+        early_exit: bool = True,
+    ) -> "Detector":
+        """Open a bundle (`shapes` is the shipped one) on a backend (`onnxruntime` or `torch`).
+
+        `probe` may be stricter than the bundle's calibrated settings, never looser. `steps` 1 probes with the
+        one-step model (CROPS-1), more with the full model in that many steps (CROPS). `model` is the weights
+        folder of the torch backend. A check that takes longer than `timeout_s` seconds is blocked.
+        `early_exit` stops once the vote is decided and never changes it. Raises BundleError,
+        BackendUnavailable, and ValueError for settings out of range.
+        """
+        opened = open_bundle(bundle)
+        policy = opened.manifest.probe
+        if probe is not None and (why := probe.looser_than(policy)):
+            raise ValueError(f"a bundle's policy may be tightened, never loosened: {why}")
+        runtime = open_backend(backend, opened, model=None if model is None else Path(model), threads=threads)
+        return cls(opened, runtime, probe or policy, steps=steps, timeout_s=timeout_s, early_exit=early_exit)
+
+    def check(self, prompt: str, *, seed: int | None = None) -> Verdict:
+        """The verdict on a prompt. `seed`, in [0, 2**64), repeats it and lets an attacker predict it; None
+        draws one.
+
+        Raises ValueError for a seed out of range and SafelightError where the detector is closed; whatever
+        else goes wrong is a blocked verdict.
+        """
+        return self.check_batch([prompt], seed=seed)[0]
+
+    def check_batch(
+        self, prompts: Sequence[str], *, seed: int | Sequence[int] | None = None
+    ) -> list[Verdict]:
+        """Verdicts on several prompts, each what `check` says with the same seed. One seed serves all, or one
+        each.
+        """
+        return [tally_and_verdict[1] for tally_and_verdict in self._checked(prompts, seed, keep_images=False)]
+
+    def check_with_images(self, prompt: str, *, seed: int | None = None) -> tuple[Verdict, Pictures]:
+        """The verdict and the pictures of its evaluated probes, float32 (P, 3, H, W) in [0, 1]; P may be
+        0.
+        """
+        tally, verdict = self._checked([prompt], seed, keep_images=True)[0]
+        return verdict, tally.images
+
+    def check_image(
+        self, image: Any, *, probe: ProbeConfig | None = None, seed: int | None = None
+    ) -> Verdict:
+        """The verdict on a picture: a path, encoded bytes (PNG, JPEG, WebP), a PIL image, a uint8 array (H,
+        W, 3 or 4).
+
+        Without `probe` the checker alone looks at it, at all of it. With `probe` its embedding (the encoder's
+        latents) is probed too, as an image-to-image request's would be, by that kind, count, angle and
+        threshold. What cannot be decoded, is too large, or of another format is blocked. Raises as `check`.
+        """
+        (drawn,) = _seeds(seed, 1)
+        start = time.monotonic()
+        with self._lock:
+            self._check_open()
+            tally = Tally(probe or self.probe)
+            try:
+                self._pictures = self._pictures or ImageProbes(self._backend, self.bundle.manifest)
+                looks = self._pictures.look(image, probe, seed=drawn, deadline=self._deadline(start))
+                count = looks.margins.shape[1]
+                tally = Tally(probe or ProbeConfig(count=count, threshold=1 / count))
+                tally.add(looks, 0)
+                self._check_time(start)
+            except Exception as fault:
+                return self._failed(fault, tally, drawn, start)
+            return tally.verdict(**self._about(drawn, start, self._pictures.device), distinct=tally.evaluated)
+
+    def _checked(
+        self, prompts: Sequence[str], seed: int | Sequence[int] | None, *, keep_images: bool
+    ) -> list[tuple[Tally, Verdict]]:
+        seeds, start = _seeds(seed, len(prompts)), time.monotonic()
+        tallies = [Tally(self.probe, early_exit=self._early_exit, keep_images=keep_images) for _ in prompts]
+        verdicts: dict[int, Verdict] = {}
+        requests: dict[int, Request] = {}
+        with self._lock:
+            self._check_open()
+            for row, (prompt, drawn) in enumerate(zip(prompts, seeds, strict=True)):
+                try:
+                    ids, truncated = self._tokenizer.encode(prompt)
+                    requests[row] = Request(ids, drawn, truncated)
+                except Exception as fault:
+                    verdicts[row] = self._failed(fault, tallies[row], drawn, start)
+            rows, each = list(requests), max(1, ROWS // self.probe.count)
+            for at in range(0, len(rows), each):
+                part = {row: requests[row] for row in rows[at : at + each]}
+                verdicts |= self._vote(part, tallies, start)
+        return [(tallies[row], verdicts[row]) for row in range(len(prompts))]
+
+    def _vote(self, requests: dict[int, Request], tallies: list[Tally], start: float) -> dict[int, Verdict]:
+        """Probe until every request is decided. A fault blocks those that were not."""
+        error: Exception | None = None
+        try:
+            for chunk in self._chunks():
+                rows = [row for row in requests if not tallies[row].decided]
+                if not rows:
+                    break
+                wanted = [requests[row] for row in rows]
+                looks = self._model.look(wanted, chunk, deadline=self._deadline(start))
+                for at, row in enumerate(rows):
+                    tallies[row].add(looks, at)
+                self._check_time(start)
+        except Exception as fault:
+            error = fault
+        verdicts = {}
+        for row, request in requests.items():
+            tally = tallies[row]
+            lost = error is not None and (not tally.decided or isinstance(error, TimeoutError))
+            if error is not None and lost and tally.reason is None:
+                verdicts[row] = self._failed(error, tally, request.seed, start, truncated=request.truncated)
+            else:
+                distinct = self._model.distinct(request, tally.evaluated)
+                about = self._about(request.seed, start, self._model.device)
+                verdicts[row] = tally.verdict(**about, distinct=distinct, truncated=request.truncated)
+        return verdicts
+
+    def _chunks(self) -> Iterator[range]:
+        """Probe numbers, cut where a vote can be decided: after `need` hits, and once too few probes are
+        left.
+        """
+        count, need = self.probe.count, self.probe.need
+        ends = sorted({need, count - need + 1, count}) if self._early_exit else [count]
+        return (range(begin, end) for begin, end in zip([0, *ends], ends, strict=False))
+
+    def _deadline(self, start: float) -> float | None:
+        return None if self._timeout_s is None else start + self._timeout_s
+
+    def _check_time(self, start: float) -> None:
+        if self._timeout_s is not None and time.monotonic() - start >= self._timeout_s:
+            raise TimeoutError("the time limit is past")
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise SafelightError("the detector is closed; open another")
+
+    def _about(self, seed: int, start: float, backend: str) -> dict[str, Any]:
+        """What every verdict says of its making."""
+        elapsed_s = time.monotonic() - start
+        return {
+            "seed": seed,
+            "elapsed_s": elapsed_s,
+            "bundle": self.bundle.manifest.bundle_id,
+            "backend": backend,
+        }
+
+    def _failed(
+        self, fault: Exception, tally: Tally, seed: int, start: float, *, truncated: int = 0
+    ) -> Verdict:
+        """The verdict where something went wrong: blocked by `timeout` or `error`, with what it was."""
+        late = isinstance(fault, TimeoutError)
+        detail = f"slower than {self._timeout_s} s" if late else f"{type(fault).__name__}: {fault}"
+        about = self._about(seed, start, self._model.device)
+        reason: Any = "timeout" if late else "error"
+        return tally.verdict(**about, reason=reason, detail=detail, truncated=truncated)
+
+    def close(self) -> None:
+        """Free the model; a check after this raises SafelightError."""
+        with self._lock:
+            self._closed = True
+            self._model.close()
+            if self._pictures is not None:
+                self._pictures.close()
+
+    def __enter__(self) -> "Detector":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def _seeds(seed: int | Sequence[int] | None, count: int) -> list[int]:
+    """One seed per request; secret ones where none is given. Raises ValueError."""
+    if seed is None:
+        return [secrets.randbits(64) for _ in range(count)]
+    seeds = [seed] * count if isinstance(seed, int) else list(seed)
+    if len(seeds) != count:
+        raise ValueError(f"give one seed for all, or one for each of the {count} prompts; got {len(seeds)}")
+    for value in seeds:
+        split_seed(value)
+    return seeds

@@ -1,0 +1,157 @@
+"""The generator: detection, then the full model, then the image checker. What any of them blocks is not
+shown.
+"""
+
+import math
+import threading
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+
+import numpy as np
+from numpy.typing import NDArray
+
+from safelight.engine.backends import Backend, open_backend
+from safelight.engine.bundle import Bundle, open_bundle
+from safelight.engine.detect import Detector
+from safelight.engine.looks import PictureChecker
+from safelight.engine.sampler import Sampler, Trajectory
+from safelight.engine.tally import Tally
+from safelight.engine.tokenizer import PromptTokenizer
+from safelight.errors import SafelightError
+from safelight.kernels.philox import Stream, normals
+from safelight.probe import ProbeConfig
+from safelight.schedule import Solver
+from safelight.verdict import Verdict
+
+ONE_LOOK = ProbeConfig(count=1, angle_rad=0.0, threshold=1.0)  # a finished image is looked at once
+
+
+@dataclass(frozen=True, slots=True)
+class Generation:
+    """What became of a request: `image` uint8 (H, W, 3), or None where `verdict` or `image_verdict` is
+    blocked.
+
+    `image_verdict` is None where the request was blocked and nothing was generated.
+    """
+
+    image: NDArray[np.uint8] | None
+    verdict: Verdict
+    image_verdict: Verdict | None
+    timings_ms: dict[str, float]
+
+
+class Generator:
+    """Generates images with one bundle, each request screened before and each image after. Threads take
+    turns.
+
+    `Generator.open` makes one; it is a context manager.
+    """
+
+    def __init__(self, bundle: Bundle, backend: Backend, detector: Detector, *, owned: bool) -> None:
+        """The parts; `owned` says whether closing the generator closes the detector."""
+        manifest = bundle.manifest
+        self.bundle = bundle
+        self.detector = detector
+        self._owned = owned
+        self._tokenizer = PromptTokenizer(bundle.folder / "tokenizer", manifest.tokens)
+        self._sampler = Sampler(backend, manifest)
+        self._checker = PictureChecker(backend.stage("safety_checker"), manifest.checker)
+        self._free = self._sampler.encode(self._tokenizer.encode("")[0][None])
+        self._closed = False
+        self._lock = threading.Lock()
+
+    @classmethod
+    def open(
+        cls,
+        bundle: str | Path = "shapes",
+        *,
+        backend: str = "onnxruntime",
+        detector: Detector | None = None,
+        model: str | Path | None = None,
+        threads: int | None = None,
+    ) -> "Generator":
+        """Open a bundle on a backend. Without `detector` one is opened on the same bundle, with its own
+        settings.
+
+        A detector that is given stays the caller's to close. Raises as `Detector.open`.
+        """
+        opened = open_bundle(bundle)
+        folder = None if model is None else Path(model)
+        runtime = open_backend(backend, opened, model=folder, threads=threads)
+        guard = detector or Detector(opened, runtime, opened.manifest.probe)
+        return cls(opened, runtime, guard, owned=detector is None)
+
+    def generate(
+        self,
+        prompt: str,
+        *,
+        steps: int = 25,
+        guidance_scale: float | None = None,
+        solver: Solver | None = None,
+        seed: int | None = None,
+    ) -> Generation:
+        """Screen a prompt and, where it passes, generate one image and check it.
+
+        `guidance_scale` in diffusers' convention and `solver` (`ddim`, `euler`, `dpmpp_2m`) are the bundle's
+        where they are None. `seed` repeats verdict and image. Raises ValueError for settings out of range,
+        before anything runs, and SafelightError where the generator is closed. A fault while generating is a
+        blocked `image_verdict`.
+        """
+        scale = self.bundle.manifest.guidance_scale if guidance_scale is None else float(guidance_scale)
+        trajectory = Trajectory(steps, scale, solver or self._sampler.solver)
+        self._sampler.check(trajectory)
+        verdict = self.detector.check(prompt, seed=seed)
+        spent = {"detect": verdict.timings_ms["total"]}
+        if verdict.blocked:
+            return Generation(None, verdict, None, spent)
+        start, tally, detail = time.monotonic(), Tally(ONE_LOOK), None
+        image: NDArray[np.uint8] | None = None
+        with self._lock:
+            if self._closed:
+                raise SafelightError("the generator is closed; open another")
+            try:
+                decoded = self._draw(prompt, verdict.seed, trajectory)
+                spent["generate"] = (time.monotonic() - start) * 1e3
+                tally.add(self._checker.look(decoded), 0)
+                image = np.rint(np.nan_to_num(decoded[0]) * 255).astype(np.uint8).transpose(1, 2, 0)
+            except Exception as fault:
+                detail = f"{type(fault).__name__}: {fault}"
+        seen = tally.verdict(
+            seed=verdict.seed,
+            elapsed_s=time.monotonic() - start,
+            bundle=self.bundle.manifest.bundle_id,
+            backend=self._sampler.device,
+            reason=None if detail is None else "error",
+            detail=detail,
+            distinct=tally.evaluated,
+        )
+        spent["total"] = spent["detect"] + seen.timings_ms["total"]
+        return Generation(None if seen.blocked else image, verdict, seen, spent)
+
+    def _draw(self, prompt: str, seed: int, trajectory: Trajectory) -> NDArray[np.float32]:
+        """One picture, float32 (1, 3, H, W) in [0, 1]."""
+        ids, _ = self._tokenizer.encode(prompt)
+        shape = self.bundle.manifest.picture.latents
+        latents = normals(seed, Stream.LATENT, math.prod(shape), probes=[0]).reshape(1, *shape)
+        hidden = self._sampler.encode(ids[None])
+        made = self._sampler.sample(hidden, self._free, latents, trajectory)
+        return self._sampler.decode(made)
+
+    def close(self) -> None:
+        """Free the model, and the detector where it was opened here."""
+        with self._lock:
+            self._closed = True
+            self._sampler.close()
+            self._checker.close()
+        if self._owned:
+            self.detector.close()
+
+    def __enter__(self) -> "Generator":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()

@@ -1,0 +1,134 @@
+"""The probes of a request as arrays: which tokens, which directions, which starting latents. Runs no network.
+
+Inspired by CROPS / SC-Pro (arXiv 2501.05359): the kinds are the paper's, their geometry is a reconstruction
+(methods 1.4). Every probe depends on (seed, its number) alone, so neither chunks, nor order, nor the company
+in a batch changes it.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from safelight.kernels import host
+from safelight.kernels.philox import Stream, normals, uniforms, words
+from safelight.manifest import Manifest
+from safelight.probe import ProbeConfig, ProbeKind, ProbeTarget
+
+Floats = NDArray[np.float32]
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One prompt on its way: ids int64 (L,), the seed of its probes, and how many tokens did not fit."""
+
+    ids: NDArray[np.int64]
+    seed: int
+    truncated: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Probes:
+    """Probes of R requests, as the detector graph takes them. Token shifts come as rows of their own, P = 1.
+
+    ids int64 (R, L), mask bool (R, L), u and v float32 (R, P, L, D), angle and phase float32 (R, P), latents
+    float32 (R, P, c, h, w), unit normals.
+    """
+
+    ids: NDArray[np.int64]
+    mask: NDArray[np.bool_]
+    u: Floats
+    v: Floats
+    angle: Floats
+    phase: Floats
+    latents: Floats
+
+
+class Neighbourhood:
+    """Draws the probes that a configuration asks for, in the sizes of one bundle."""
+
+    def __init__(self, manifest: Manifest, config: ProbeConfig, width: int) -> None:
+        """`width` is that of the prompt embeddings, D."""
+        self.config = config
+        self._tokens = manifest.tokens
+        self._rotate = manifest.rotate
+        self._latents = manifest.picture.latents
+        self._width = width
+
+    def distinct(self, request: Request, probes: int) -> int:
+        """How many of the first `probes` probes differ: a prompt of n tokens has n different shifts."""
+        if self.config.kind is ProbeKind.TOKEN_SHIFT:
+            return min(probes, max(1, int(host.first_end(request.ids[None], self._tokens.eos)[0]) - 1))
+        return probes if self.config.angle_rad > 0 else min(probes, 1)
+
+    def draw(self, requests: Sequence[Request], probes: range) -> Probes:
+        """These probes of these requests."""
+        ids = np.stack([request.ids for request in requests])
+        count = len(probes)
+        still = np.zeros((len(requests), count), dtype=np.float32)
+        shape = (len(requests), count, ids.shape[1], self._width)
+        latents = np.stack([self._start(request, probes) for request in requests])
+        if self.config.kind is ProbeKind.TOKEN_SHIFT:
+            shift = np.broadcast_to(np.asarray(probes, dtype=np.int64), (len(requests), count))
+            rows = host.token_shift(ids, shift, self._tokens.eos).reshape(-1, ids.shape[1])
+            none = np.zeros((len(rows), 1, *shape[2:]), dtype=np.float32)
+            flat = still.reshape(-1, 1)
+            return Probes(
+                rows, self._mask(rows), none, none, flat, flat, latents.reshape(-1, 1, *self._latents)
+            )
+        mask = self._mask(ids)
+        none = np.zeros(shape, dtype=np.float32)
+        if self.config.target is ProbeTarget.LATENT or self.config.angle_rad == 0:
+            return Probes(ids, mask, none, none, still, still, latents)
+        turns = [self._turn(request, probes, Stream.PROMPT_U, shape[2:]) for request in requests]
+        u, v, angle, phase = (np.stack(parts) for parts in zip(*turns, strict=True))
+        return Probes(ids, mask, u, v, angle, phase, latents)
+
+    def _mask(self, ids: NDArray[np.int64]) -> NDArray[np.bool_]:
+        """The tokens that turn, bool (R, L); the begin token never does."""
+        position = np.arange(ids.shape[1])
+        end = host.first_end(ids, self._tokens.eos)[:, None]
+        last = {"tokens": end - 1, "tokens+eos": end, "tokens+eos+pad": np.full_like(end, ids.shape[1])}
+        return (position >= 1) & (position <= last[self._rotate])
+
+    def _turn(
+        self, request: Request, probes: range, first: Stream, shape: tuple[int, ...]
+    ) -> tuple[Floats, Floats, Floats, Floats]:
+        """U and v (P, *shape), angle and phase (P,) of these probes; `first` and the stream after it are
+        used.
+        """
+        return turn(self.config, request.seed, probes, first, shape)
+
+    def _start(self, request: Request, probes: range) -> Floats:
+        """Starting latents (P, c, h, w): one draw for all, turned where latents are probed."""
+        size = math.prod(self._latents)
+        base = normals(request.seed, Stream.LATENT, size, probes=[0])
+        if self.config.target is ProbeTarget.PROMPT or self.config.angle_rad == 0:
+            return np.broadcast_to(base, (len(probes), size)).reshape(-1, *self._latents)
+        u, v, angle, phase = self._turn(request, probes, Stream.LATENT_U, (size,))
+        turned = host.probe_rotate(base, u[None], v[None], angle[None], phase[None])
+        return turned.reshape(-1, *self._latents)
+
+
+def turn(
+    config: ProbeConfig, seed: int, probes: range, first: Stream, shape: tuple[int, ...]
+) -> tuple[Floats, Floats, Floats, Floats]:
+    """Directions u and v float32 (P, *shape), angle and phase float32 (P,), of the probes numbered `probes`.
+
+    Probe 0 has angle 0. Spherical probes draw a u of their own and need no v; circular ones share u and v,
+    drawn for probe 0 from the streams `first` and the one after it, and are evenly spaced in phase.
+    """
+    size, count = math.prod(shape), len(probes)
+    angle = np.where(np.asarray(probes) == 0, 0.0, config.angle_rad).astype(np.float32)
+    if config.kind is ProbeKind.CIRCULAR:
+        u, v = (normals(seed, Stream(first + at), size, probes=[0]) for at in (0, 1))
+        spacing = 2 * math.pi / max(1, config.count - 1)
+        offset = float(uniforms(words(seed, Stream.PHASE, 1, probes=[0]))[0, 0])
+        phase = ((np.asarray(probes) - 1 + offset) * spacing).astype(np.float32)
+        u, v = (np.broadcast_to(item, (count, size)) for item in (u, v))
+    else:
+        u, v = normals(seed, first, size, probes=probes), np.zeros((count, size), dtype=np.float32)
+        phase = np.zeros(count, dtype=np.float32)
+    return u.reshape(count, *shape), v.reshape(count, *shape), angle, phase

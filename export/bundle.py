@@ -1,0 +1,219 @@
+"""A diffusers folder to an ONNX bundle: graphs, tokenizer, configurations, manifest; whole, or not at all.
+
+All is written into a folder beside the target, compared with the eager reference, and given its name last.
+Graphs are made one by one, each freed before the next. Knows no layer of any network.
+"""
+
+import gc
+import math
+import shutil
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+
+from safelight.containment import digest, list_files, read_json
+from safelight.engine.bundle import SHIPPED, Bundle
+from safelight.engine.eager import Preprocessing, load_graph
+from safelight.engine.model_folder import ModelFolder
+from safelight.errors import BundleError, ExportError
+from safelight.export.graphs import OPSET, Sizes, signature, trace
+from safelight.export.verify import compare
+from safelight.export.weights import check_finite, round_to_half, save, store_as_half
+from safelight.manifest import (
+    GRAPHS,
+    PRECISIONS,
+    REQUIRED_FILES,
+    Checker,
+    FileEntry,
+    GraphEntry,
+    Manifest,
+    Picture,
+    Row,
+    Source,
+    Tokens,
+)
+from safelight.models.shapes import MODEL_FOLDER
+
+GUIDANCE_SCALE = 7.5  # diffusers' default; 1 is no guidance, for models that are distilled from it
+_OPTIONAL_FILES = ("tokenizer/special_tokens_map.json",)
+_SPECIAL_TOKENS = {"bos_token": "<|startoftext|>", "eos_token": "<|endoftext|>", "pad_token": "<|endoftext|>"}
+
+Progress = Callable[[str], None]
+
+
+def _silent(line: str) -> None:
+    """Say nothing."""
+
+
+def export_bundle(
+    model: Path,
+    bundle: Path,
+    *,
+    precision: str = "fp16-weights",
+    guidance_scale: float | None = None,
+    progress: Progress = _silent,
+) -> Manifest:
+    """Export, verify, and put the bundle in place; `progress` is told each step in a line.
+
+    `fp16-weights` stores network weights in half precision and computes in float32. `guidance_scale` is the
+    full model's default; None is 1 for the turbo class and 7.5 otherwise. Raises ValueError, BundleError for
+    a model folder that cannot be used, and ExportError where the target holds something or a graph differs
+    from the model.
+    """
+    if precision not in PRECISIONS:
+        raise ValueError(f"precision must be one of {PRECISIONS}; got {precision!r}")
+    folder = ModelFolder.open(model)
+    scale = _guidance_scale(folder, guidance_scale)
+    bundle = bundle.absolute()
+    if bundle.exists() and not (bundle.is_dir() and not any(bundle.iterdir())):
+        raise ExportError(f"{bundle} exists and is not an empty folder; name a new one")
+    bundle.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(prefix=f".{bundle.name}.", dir=bundle.parent))
+    try:
+        draft = _write(folder, partial, precision, scale, progress)
+        rows = []
+        for row in compare(Bundle(partial, draft), folder):
+            progress(f"{row.graph}: {row.shape}: largest error {row.max_abs_err:.1e}, allowed {row.tol:.1e}")
+            _check_row(row)
+            rows.append(row)
+        replace(draft, verification=tuple(rows)).write(partial)
+        manifest = Manifest.load(partial, verify="sizes")
+        if bundle.exists():
+            bundle.rmdir()
+        partial.chmod(0o755)
+        partial.rename(bundle)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return manifest
+
+
+def _write(
+    folder: ModelFolder, partial: Path, precision: str, guidance_scale: float, progress: Progress
+) -> Manifest:
+    """Write every graph and configuration into `partial`; returns the manifest, not verified yet."""
+    _copy_configurations(folder, partial)
+    tokens = _tokens(folder)
+    sizes = Sizes.read(folder, tokens.window)
+    checker, one_step = _checker(folder, sizes), folder.one_step()
+    graphs = {}
+    for name in GRAPHS:
+        progress(f"{name}: tracing")
+        graphs[name] = _write_graph(folder, partial, name, sizes=sizes, half=precision == "fp16-weights")
+        gc.collect()  # the tracer leaves cycles that hold the weights
+        size = sum((partial / part).stat().st_size for part in (graphs[name].path, *graphs[name].external))
+        progress(f"{name}: {size / 1e6:.1f} MB")
+    return Manifest(
+        files={name: _entry(partial / name) for name in list_files(partial)},
+        graphs=graphs,
+        source=Source(_source_name(folder.path), None, folder.digests()),
+        precision=precision,
+        opset=OPSET,
+        scheduler=folder.config("scheduler"),
+        one_step=one_step,
+        tokens=tokens,
+        picture=Picture(sizes.picture, sizes.latents, _scaling_factor(folder)),
+        checker=checker,
+        guidance_scale=guidance_scale,
+    )
+
+
+def _write_graph(folder: ModelFolder, partial: Path, name: str, *, sizes: Sizes, half: bool) -> GraphEntry:
+    """Trace a graph and write it. What it takes in memory is free again when this returns."""
+    module = load_graph(folder.path, name)
+    check_finite(module, name)
+    if half:
+        round_to_half(module, name)
+    model = trace(module, name, sizes)
+    if half:
+        store_as_half(model)
+    path = f"{name}/model.onnx"
+    beside = save(model, partial / path)
+    inputs, outputs = signature(name, sizes)
+    return GraphEntry(path, tuple(f"{name}/{part}" for part in beside), inputs, outputs)
+
+
+def _check_row(row: Row) -> None:
+    if not math.isfinite(row.max_abs_err):
+        raise ExportError(
+            f"{row.graph} at {row.shape} gives values that are not finite; nothing was written, restore the "
+            "model's files"
+        )
+    if not row.ok:
+        raise ExportError(
+            f"{row.graph} at {row.shape} differs from the model by {row.max_abs_err:.2e}, allowed is "
+            f"{row.tol:.2e}; nothing was written, try other versions of torch and onnxruntime"
+        )
+
+
+def _copy_configurations(folder: ModelFolder, partial: Path) -> None:
+    for name in (*REQUIRED_FILES, *_OPTIONAL_FILES):
+        source = folder.path / name
+        if not source.is_file():
+            if name in _OPTIONAL_FILES:
+                continue
+            raise BundleError(f"{source} is missing; save the tokenizer with vocab.json and merges.txt")
+        (partial / name).parent.mkdir(exist_ok=True)
+        shutil.copyfile(source, partial / name)
+
+
+def _entry(path: Path) -> FileEntry:
+    return FileEntry(digest(path), path.stat().st_size)
+
+
+def _source_name(model: Path) -> str:
+    """The folder's name; `shapes` for the weights in the repository, which is what their bundle is called."""
+    return SHIPPED if model.resolve() == MODEL_FOLDER.resolve() else model.resolve().name
+
+
+def _scaling_factor(folder: ModelFolder) -> float:
+    return float(folder.config("vae").get("scaling_factor", 0.18215))  # what AutoencoderKL takes by default
+
+
+def _guidance_scale(folder: ModelFolder, asked: float | None) -> float:
+    """`asked`, or 1 for the turbo class: one UNet, and an Euler schedule that begins at the last timestep."""
+    if asked is not None:
+        if not 0.0 <= asked < math.inf:
+            raise ValueError(f"guidance_scale must be finite and at least 0; got {asked!r}")
+        return float(asked)
+    scheduler = folder.config("scheduler")
+    euler = scheduler.get("_class_name") in ("EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler")
+    turbo = euler and scheduler.get("timestep_spacing") == "trailing" and not folder.has_one_step
+    return 1.0 if turbo else GUIDANCE_SCALE
+
+
+def _tokens(folder: ModelFolder) -> Tokens:
+    """The window and the special tokens, by the tokenizer's files. Raises BundleError where one is absent."""
+    place = folder.path / "tokenizer"
+    config, ids = read_json(place / "tokenizer_config.json"), dict(read_json(place / "vocab.json"))
+    for number, added in config.get("added_tokens_decoder", {}).items():
+        ids.setdefault(added["content"], int(number))
+    found = {}
+    for name, usual in _SPECIAL_TOKENS.items():
+        token = config.get(name) or usual
+        text = token["content"] if isinstance(token, Mapping) else token
+        if text not in ids:
+            raise BundleError(f"{place / 'vocab.json'} lacks the {name} {text!r}; save the tokenizer again")
+        found[name] = int(ids[text])
+    longest = int(folder.config("text_encoder")["max_position_embeddings"])
+    window = min(int(config.get("model_max_length") or longest), longest)
+    return Tokens(window, found["bos_token"], found["eos_token"], found["pad_token"])
+
+
+def _checker(folder: ModelFolder, sizes: Sizes) -> Checker:
+    seen = Preprocessing.read(folder)
+    concepts = _names(folder, "concept_names", "concept", sizes.concepts)
+    special = _names(folder, "special_care_names", "special care", sizes.special)
+    return Checker(seen.size, seen.mean, seen.std, concepts, special)
+
+
+def _names(folder: ModelFolder, key: str, word: str, count: int) -> tuple[str, ...]:
+    """The `count` names that the checker's configuration gives under `key`, or `word` numbered from 0."""
+    names = folder.config("safety_checker").get(key)
+    if names is None:
+        return tuple(f"{word} {index}" for index in range(count))
+    if not isinstance(names, list) or len(names) != count or not all(isinstance(name, str) for name in names):
+        raise BundleError(
+            f"{folder.path / 'safety_checker' / 'config.json'}: {key} must be {count} names; got {names!r}"
+        )
+    return tuple(names)
