@@ -7,7 +7,6 @@ A row without an error against the reference, measured in the same run, is refus
 import csv
 import math
 import platform
-import subprocess
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
 from datetime import UTC, datetime
@@ -16,8 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from safelight.engine.doctor import cores, cpu_name
-
-COMMIT_UNKNOWN = "unknown"
+from safelight.provenance import commit
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,25 +144,6 @@ def installed(package: str) -> str:
         return version(package)
     except PackageNotFoundError:
         return "none"
-
-
-def commit(folder: Path | None = None) -> str:
-    """The commit that is checked out in the current folder (or `folder`), `unknown` outside a repository."""
-    command = [
-        "git",
-        "-c",
-        "safe.directory=*",
-        "describe",
-        "--always",
-        "--abbrev=12",
-        "--dirty",
-        "--exclude=*",
-    ]
-    try:
-        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=20, check=False)
-    except (OSError, subprocess.TimeoutExpired):
-        return COMMIT_UNKNOWN
-    return done.stdout.strip() if done.returncode == 0 else COMMIT_UNKNOWN
 
 
 def table(rows: Iterable[Row]) -> str:

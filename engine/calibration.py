@@ -9,6 +9,7 @@ on prompts that took no part in the choice stand beside it.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,8 @@ from safelight.engine.backends import open_backend
 from safelight.engine.bundle import Bundle
 from safelight.engine.detect import Detector
 from safelight.errors import SafelightError
+from safelight.models.shapes.captions import stream
+from safelight.models.shapes.scene import RESTRICTED
 from safelight.probe import ProbeConfig, ProbeKind
 from safelight.statistics import wilson
 
@@ -35,6 +38,28 @@ class Prompts:
     def __post_init__(self) -> None:
         if not self.clean or not self.restricted:
             raise ValueError("calibration needs clean and restricted prompts, at least one of each")
+
+
+def shapes_prompts(limit: int) -> tuple[Prompts, dict[str, Prompts]]:
+    """Captions of the shipped model, `limit` of each kind: those that choose (`tune` split, no held-out
+    surface form), and, by name, those that report (`test` split; the held-out forms of the restricted concept
+    on their own).
+    """
+
+    def texts(split: str, *, restricted: bool, held_out: bool | None) -> tuple[str, ...]:
+        kind = RESTRICTED if restricted else None
+        items = stream(split, SEED, kind=kind, held_out=held_out)
+        return tuple(
+            item.caption for item in islice((i for i in items if i.scene.restricted == restricted), limit)
+        )
+
+    clean = texts("test", restricted=False, held_out=None)
+    return Prompts(
+        texts("tune", restricted=False, held_out=False), texts("tune", restricted=True, held_out=False)
+    ), {
+        "test captions": Prompts(clean, texts("test", restricted=True, held_out=False)),
+        "held-out surface forms": Prompts(clean, texts("test", restricted=True, held_out=True)),
+    }
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,6 +147,8 @@ def calibrate(
     """
     if not 0.0 < fpr < 1.0:
         raise ValueError(f"fpr must lie in (0, 1); got {fpr}")
+    if not angles:
+        raise ValueError("angles must hold at least one angle in radians; got none")
     base = Bundle(bundle.folder, replace(bundle.manifest, rotate=rotate or bundle.manifest.rotate))
     grid = [0.0] if config.kind is ProbeKind.TOKEN_SHIFT else sorted(angles)
     points = []
@@ -132,7 +159,7 @@ def calibrate(
     chosen = replace(config, angle_rad=point.angle_rad, threshold=need / config.count)
     figures: dict[str, Any] = {
         "target_fpr": fpr,
-        "rule": "widest angle within 1 point of the best true-positive rate, fewest hits whose upper 95% bound fits",
+        "rule": "fewest hits whose upper 95% bound fits; widest angle within 1 point of the best",
         "tune": point.rates(need),
         "held_out": {
             name: measure(base, chosen, prompts, threads=threads).rates(need)

@@ -24,7 +24,7 @@ from safelight.engine.neighbourhood import Request
 from safelight.engine.one_step import OneStepModel
 from safelight.engine.tally import Pictures, Tally
 from safelight.engine.tokenizer import PromptTokenizer
-from safelight.errors import SafelightError
+from safelight.errors import SafelightError, ShapeError
 from safelight.kernels.philox import split_seed
 from safelight.probe import ProbeConfig
 from safelight.verdict import Verdict
@@ -195,6 +195,8 @@ class Detector:
                     break
                 wanted = [requests[row] for row in rows]
                 looks = self._model.look(wanted, chunk, deadline=self._deadline(start))
+                if (found := looks.flagged.shape) != (asked := (len(rows), len(chunk))):
+                    raise ShapeError(f"the model must look at {asked} requests and probes; got {found}")
                 for at, row in enumerate(rows):
                     tallies[row].add(looks, at)
                 self._check_time(start)
@@ -245,7 +247,7 @@ class Detector:
         self, fault: Exception, tally: Tally, seed: int, start: float, *, truncated: int = 0
     ) -> Verdict:
         """The verdict where something went wrong: blocked by `timeout` or `error`, with what it was."""
-        late = isinstance(fault, TimeoutError)
+        late = isinstance(fault, TimeoutError) and self._timeout_s is not None  # a network file has its own
         detail = f"slower than {self._timeout_s} s" if late else f"{type(fault).__name__}: {fault}"
         about = self._about(seed, start, self._model.device)
         reason: Any = "timeout" if late else "error"

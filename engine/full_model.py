@@ -54,9 +54,7 @@ class FullModel:
         latents = drawn.latents.reshape(-1, *drawn.latents.shape[2:])
         made = self._sampler.sample(rows, self._free, latents, self._trajectory, deadline=deadline)
         looks = self._checker.look(self._sampler.decode(made, deadline=deadline), deadline=deadline)
-        whole = np.isfinite(rows).all((1, 2)) & np.isfinite(made).all((1, 2, 3))
-        finite, flagged = looks.finite & whole, looks.flagged | ~whole
-        return Looks(looks.margins, flagged, finite, looks.images).reshaped(len(requests))
+        return looks.reshaped(len(requests))
 
     def close(self) -> None:
         """Free the stages."""

@@ -13,6 +13,7 @@ from safelight.engine.backends import Backend, Stage
 from safelight.engine.looks import Looks, PictureChecker
 from safelight.engine.neighbourhood import turn
 from safelight.engine.picture import read_picture, to_square, views
+from safelight.engine.sampler import to_pictures
 from safelight.kernels import host
 from safelight.kernels.philox import Stream
 from safelight.manifest import Manifest
@@ -80,7 +81,7 @@ class ImageProbes:
         rows = turned.reshape(-1, *latents.shape[1:])
         decoder.plan(batch=len(rows))
         decoded = decoder.run({"latent_sample": rows}, deadline=deadline)["sample"]
-        return np.clip(decoded / 2 + np.float32(0.5), 0, 1)
+        return to_pictures(rows, decoded)
 
     def close(self) -> None:
         """Free the stages."""

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from safelight.engine.backends import Stage
+from safelight.errors import ShapeError
 from safelight.kernels import host
 from safelight.manifest import Checker
 
@@ -26,6 +27,12 @@ class Looks:
     flagged: NDArray[np.bool_]
     finite: NDArray[np.bool_]
     images: NDArray[np.float32]
+
+    def __post_init__(self) -> None:
+        parts = (self.margins, self.flagged, self.finite, self.images)
+        if len({part.shape[:2] for part in parts}) != 1:
+            shapes = [part.shape for part in parts]
+            raise ShapeError(f"looks must agree on their requests and probes; got {shapes}; mend the model")
 
     def reshaped(self, requests: int) -> "Looks":
         """The same rows as (requests, -1) probes."""

@@ -7,12 +7,14 @@ here.
 """
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from safelight.containment import CODE, check_classes, digest, read_json
@@ -106,15 +108,10 @@ class ModelFolder:
         """The shape of a tensor of a part, from the head of its weights file. Raises BundleError where there
         is none.
         """
-        from safetensors import safe_open
-
         for file in self.weights(name):
-            try:
-                with safe_open(file, "pt") as weights:
-                    if tensor in list(weights.keys()):
-                        return tuple(weights.get_slice(tensor).get_shape())
-            except SafetensorError as fault:
-                raise BundleError(f"{file} cannot be read ({fault}); save the model again") from fault
+            with _opened(file) as weights:
+                if tensor in list(weights.keys()):
+                    return tuple(weights.get_slice(tensor).get_shape())
         raise BundleError(f"{self.path / name} has no tensor {tensor!r}; save the model again")
 
     def config(self, name: str) -> dict[str, Any]:
@@ -127,8 +124,10 @@ class ModelFolder:
         """
         try:
             return NoiseSchedule.from_config(self.config("scheduler")).one_step()
-        except ValueError as fault:
-            raise BundleError(f"{self.path / 'scheduler' / _CONFIGS['scheduler']}: {fault}") from None
+        except (TypeError, ValueError) as fault:
+            raise BundleError(
+                f"{self.path / 'scheduler' / _CONFIGS['scheduler']}: {fault}; restore the file"
+            ) from None
 
     def load(self, name: str) -> nn.Module:
         """A network in float32, for inference.
@@ -137,18 +136,22 @@ class ModelFolder:
         weights, which the libraries would fill with random numbers.
         """
         files = self.weights(name)
+        for file in files:
+            with _opened(file):
+                pass  # its head is whole; the libraries would not say which file is not
         kind, keywords = _class_of(name)
         try:
-            network, info = kind.from_pretrained(
-                self.path / name,
-                dtype=torch.float32,
-                local_files_only=True,
-                use_safetensors=True,
-                variant="fp16" if files and ".fp16" in files[0].name else None,
-                output_loading_info=True,
-                **keywords,
-            )
-        except (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError) as fault:
+            with _no_progress_bar():
+                network, info = kind.from_pretrained(
+                    self.path / name,
+                    dtype=torch.float32,
+                    local_files_only=True,
+                    use_safetensors=True,
+                    variant="fp16" if files and ".fp16" in files[0].name else None,
+                    output_loading_info=True,
+                    **keywords,
+                )
+        except (OSError, ValueError, RuntimeError, KeyError, TypeError, StrictDataclassError) as fault:
             reason = str(fault).strip().splitlines() or [type(fault).__name__]
             raise BundleError(
                 f"{self.path / name} cannot be read ({reason[0]}); save the model again"
@@ -160,6 +163,30 @@ class ModelFolder:
             )
         found: nn.Module = network
         return found.eval().requires_grad_(False)
+
+
+@contextmanager
+def _opened(file: Path) -> Iterator[Any]:
+    """A weights file, opened. Raises BundleError, naming it, where its head and its length do not agree."""
+    try:
+        with safe_open(file, "pt") as weights:
+            yield weights
+    except SafetensorError as fault:
+        raise BundleError(f"{file} cannot be read ({fault}); save the model again") from fault
+
+
+@contextmanager
+def _no_progress_bar() -> Iterator[None]:
+    """Keep transformers from drawing on stderr, where errors are one sentence."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def _class_of(name: str) -> tuple[Any, dict[str, Any]]:

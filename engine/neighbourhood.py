@@ -58,10 +58,14 @@ class Neighbourhood:
         self._width = width
 
     def distinct(self, request: Request, probes: int) -> int:
-        """How many of the first `probes` probes differ: a prompt of n tokens has n different shifts."""
+        """How many of the first `probes` probes differ: a prompt of n tokens has at most n different shifts,
+        and a probe of the prompt alone differs only where a token turns.
+        """
+        ids = request.ids[None]
         if self.config.kind is ProbeKind.TOKEN_SHIFT:
-            return min(probes, max(1, int(host.first_end(request.ids[None], self._tokens.eos)[0]) - 1))
-        return probes if self.config.angle_rad > 0 else min(probes, 1)
+            return len({row.tobytes() for row in self._shifted(ids, range(probes))[0]})
+        moves = self.config.target is not ProbeTarget.PROMPT or bool(self._mask(ids).any())
+        return probes if moves and self.config.angle_rad > 0 else min(probes, 1)
 
     def draw(self, requests: Sequence[Request], probes: range) -> Probes:
         """These probes of these requests."""
@@ -71,8 +75,7 @@ class Neighbourhood:
         shape = (len(requests), count, ids.shape[1], self._width)
         latents = np.stack([self._start(request, probes) for request in requests])
         if self.config.kind is ProbeKind.TOKEN_SHIFT:
-            shift = np.broadcast_to(np.asarray(probes, dtype=np.int64), (len(requests), count))
-            rows = host.token_shift(ids, shift, self._tokens.eos).reshape(-1, ids.shape[1])
+            rows = self._shifted(ids, probes).reshape(-1, ids.shape[1])
             none = np.zeros((len(rows), 1, *shape[2:]), dtype=np.float32)
             flat = still.reshape(-1, 1)
             return Probes(
@@ -86,10 +89,31 @@ class Neighbourhood:
         u, v, angle, phase = (np.stack(parts) for parts in zip(*turns, strict=True))
         return Probes(ids, mask, u, v, angle, phase, latents)
 
+    def _end(self, ids: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Position of the end token that closes each prompt, int64 (R, 1).
+
+        A prompt may spell end tokens out, and the model reads on past them: were the first one taken, whoever
+        begins a prompt with one would be probed nowhere.
+        """
+        filler = self._tokens.pad
+        last = ids.shape[1] - 1 - (ids != filler)[:, ::-1].argmax(1)
+        end: NDArray[np.int64] = last + int(filler == self._tokens.eos)
+        return end[:, None]
+
+    def _shifted(self, ids: NDArray[np.int64], probes: range) -> NDArray[np.int64]:
+        """Ids (R, L) with their tokens shifted by each probe's number, (R, P, L)."""
+        end, none = self._end(ids), -1
+        position = np.arange(ids.shape[1])
+        shift = np.broadcast_to(np.asarray(probes, dtype=np.int64), (len(ids), len(probes)))
+        # positions are shifted, not ids, so that an end token inside the prompt is a token like any other
+        order = host.token_shift(np.where(position == end, none, position), shift, none)
+        order = np.where(order == none, end[:, None], order)
+        return np.take_along_axis(np.broadcast_to(ids[:, None], order.shape), order, axis=2)
+
     def _mask(self, ids: NDArray[np.int64]) -> NDArray[np.bool_]:
         """The tokens that turn, bool (R, L); the begin token never does."""
         position = np.arange(ids.shape[1])
-        end = host.first_end(ids, self._tokens.eos)[:, None]
+        end = self._end(ids)
         last = {"tokens": end - 1, "tokens+eos": end, "tokens+eos+pad": np.full_like(end, ids.shape[1])}
         return (position >= 1) & (position <= last[self._rotate])
 

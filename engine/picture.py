@@ -1,6 +1,7 @@
 """Pictures that come in from outside: an allow-list of formats and a cap on pixels, both before decoding."""
 
 import io
+import struct
 import warnings
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ FORMATS = ("PNG", "JPEG", "WEBP")
 MAX_PIXELS = 16 << 20  # 16.8 million, four times a 2048 px square
 MAX_BYTES = 64 << 20
 MAX_ASPECT = 8  # long edge over short edge, so at most eight squares are looked at
+MODES = ("1", "L", "P", "RGB", "CMYK", "YCbCr", "LA", "PA", "RGBA")  # of PIL, beside 16-bit grey
 
 
 def read_picture(source: Any, *, max_pixels: int = MAX_PIXELS) -> NDArray[np.uint8]:
@@ -36,14 +38,12 @@ def read_picture(source: Any, *, max_pixels: int = MAX_PIXELS) -> NDArray[np.uin
         _check_size(*source.size, max_pixels)
         return _upright(source)
     if isinstance(source, str | Path):
-        size = Path(source).stat().st_size
-        if size > MAX_BYTES:
-            raise ImageError(f"{source}: {size} bytes; at most {MAX_BYTES} are read; shrink the picture")
-        source = Path(source).read_bytes()
+        with Path(source).open("rb") as file:
+            source = file.read(MAX_BYTES + 1)  # a device has no end
     if not isinstance(source, bytes | bytearray | memoryview):
         raise TypeError(f"a picture is a path, bytes, a PIL image or an array; got {type(source).__name__}")
     if len(source) > MAX_BYTES:
-        raise ImageError(f"the picture has {len(source)} bytes; at most {MAX_BYTES} are read; shrink it")
+        raise ImageError(f"the picture has more than {MAX_BYTES} bytes, which is all that is read; shrink it")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
@@ -54,7 +54,7 @@ def read_picture(source: Any, *, max_pixels: int = MAX_PIXELS) -> NDArray[np.uin
         raise ImageError(f"the picture is none of {', '.join(FORMATS)}; convert it") from None
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as fault:
         raise ImageError(f"the picture is too large ({fault}); shrink it") from None
-    except (OSError, SyntaxError, ValueError, EOFError) as fault:
+    except (OSError, SyntaxError, ValueError, EOFError, struct.error) as fault:  # all that Pillow lets through
         raise ImageError(f"the picture cannot be decoded ({fault}); save it again") from None
 
 
@@ -63,15 +63,28 @@ def _check_size(width: int, height: int, max_pixels: int) -> None:
         raise ImageError(
             f"the picture has {width} x {height} pixels; at most {max_pixels} are decoded; shrink it"
         )
-    if max(width, height) > MAX_ASPECT * min(width, height):
+    if min(width, height) < 1 or max(width, height) > MAX_ASPECT * min(width, height):
         raise ImageError(f"the picture is {width} x {height}; at most {MAX_ASPECT} to 1 is checked; crop it")
 
 
 def _upright(image: Image.Image) -> NDArray[np.uint8]:
     upright = ImageOps.exif_transpose(image)
+    if upright.mode.startswith("I;16"):
+        return _from_16_bits(upright)
+    if upright.mode not in MODES:
+        raise ImageError(f"a picture's mode must be one of {MODES}; got {upright.mode}; convert it to RGB")
     clear = upright.mode in ("RGBA", "LA", "PA") or "transparency" in upright.info
     pixels: NDArray[np.uint8] = np.asarray(upright.convert("RGBA" if clear else "RGB"))
     return pixels
+
+
+def _from_16_bits(image: Image.Image) -> NDArray[np.uint8]:
+    """16-bit grey as the upper 8 bits of each level; Pillow's own conversion cuts at 255, and so shows white."""
+    levels = np.asarray(image)
+    grey = (levels >> 8).astype(np.uint8)
+    clear = image.info.get("transparency")
+    alpha = () if clear is None else (np.where(levels == clear, 0, 255).astype(np.uint8),)
+    return np.stack([grey, grey, grey, *alpha], axis=-1)
 
 
 def views(pixels: NDArray[np.uint8]) -> NDArray[np.float32]:

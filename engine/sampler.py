@@ -28,6 +28,8 @@ class Trajectory:
     solver: Solver
 
     def __post_init__(self) -> None:
+        if type(self.steps) is not int:
+            raise ValueError(f"steps must be a whole number; got {self.steps!r}")
         if not 0.0 <= self.guidance_scale < math.inf:
             raise ValueError(f"guidance_scale must be finite and at least 0; got {self.guidance_scale!r}")
 
@@ -73,7 +75,7 @@ class Sampler:
         *,
         deadline: float | None = None,
     ) -> Floats:
-        """Latents float32 (N, c, h, w), scaled as the UNet knows them.
+        """Latents float32 (N, c, h, w), scaled as the UNet knows them; NaN where `hidden` is not finite.
 
         hidden (N, L, D); free (1, L, D), the embeddings of the empty prompt; latents (N, c, h, w), unit
         normals. At a scale of 1 the empty prompt is not asked. Raises ValueError as `check`, and TimeoutError
@@ -93,16 +95,27 @@ class Sampler:
             out = self._unet.run(inputs, deadline=deadline)["out_sample"]
             free_out, conditional = (out[:count], out[count:]) if guided else (out, out)
             x, x0 = host.guidance_step(x, free_out, conditional, x0, scale=scale, coefficients=row)
+        x[~np.isfinite(hidden).all((1, 2))] = np.nan
         return x
 
     def decode(self, latents: Floats, *, deadline: float | None = None) -> Floats:
-        """Scaled latents (N, c, h, w) to pictures float32 (N, 3, H, W) in [0, 1]; NaN stays NaN."""
+        """Scaled latents (N, c, h, w) to pictures float32 (N, 3, H, W) in [0, 1], by `to_pictures`."""
         self._decoder.plan(batch=len(latents))
         unscaled = latents / np.float32(self._picture.scaling_factor)
         decoded = self._decoder.run({"latent_sample": unscaled}, deadline=deadline)["sample"]
-        return np.clip(decoded / 2 + np.float32(0.5), 0, 1)
+        return to_pictures(latents, decoded)
 
     def close(self) -> None:
         """Free the stages."""
         for stage in (self._encoder, self._unet, self._decoder):
             stage.close()
+
+
+def to_pictures(latents: Floats, decoded: Floats) -> Floats:
+    """A decoder's answer (N, 3, H, W), about [-1, 1], as pictures in [0, 1]; a picture is NaN where anything
+    in it or in its latents (N, c, h, w) is not finite: clipped, an infinity would look like white.
+    """
+    whole: Any = np.isfinite(latents).all((1, 2, 3)) & np.isfinite(decoded).all((1, 2, 3))
+    pictures: Floats = np.clip(decoded / 2 + np.float32(0.5), 0, 1)
+    pictures[~whole] = np.nan
+    return pictures

@@ -30,10 +30,12 @@ class Tally:
         self._finite = True
 
     def add(self, looks: Looks, row: int) -> None:
-        """Count the probes of row `row`."""
-        self._margins += [tuple(margins) for margins in looks.margins[row].tolist()]
-        self._hits += int(looks.flagged[row].sum())
-        self._finite = self._finite and bool(looks.finite[row].all())
+        """Count the probes of row `row`, or none of them where the row cannot be read."""
+        margins = [tuple(margins) for margins in looks.margins[row].tolist()]
+        hits, finite = int(looks.flagged[row].sum()), bool(looks.finite[row].all())
+        self._margins += margins
+        self._hits += hits
+        self._finite = self._finite and finite
         if self._keep_images:
             self._images.append(looks.images[row].copy())
 

@@ -29,9 +29,9 @@ class PromptTokenizer:
         """
         self._tokens = tokens
         config = read_json(folder / "tokenizer_config.json")
-        special = [_added(config[name]) for name in _SPECIAL if config.get(name) is not None]
-        unknown = config.get("unk_token")
         try:
+            special = [_added(config[name]) for name in _SPECIAL if config.get(name) is not None]
+            unknown = config.get("unk_token")
             model = models.BPE.from_file(
                 str(folder / "vocab.json"),
                 str(folder / "merges.txt"),
@@ -53,8 +53,14 @@ class PromptTokenizer:
             [split, pre_tokenizers.ByteLevel(add_prefix_space=False)]
         )
         self._tokenizer.add_special_tokens(special)
-        if self._tokenizer.get_vocab_size() <= max(tokens.bos, tokens.eos, tokens.pad):
-            raise BundleError(f"{folder}: the vocabulary lacks the special tokens; export the bundle again")
+        expected = {"bos_token": tokens.bos, "eos_token": tokens.eos, "pad_token": tokens.pad}
+        named = dict(zip([name for name in _SPECIAL if config.get(name) is not None], special, strict=True))
+        for name, token in expected.items():
+            found = self._tokenizer.token_to_id(named[name].content) if name in named else token
+            if found != token or self._tokenizer.id_to_token(token) is None:
+                raise BundleError(
+                    f"{folder}: {name} must have the id {token} of the manifest; got {found}; export it again"
+                )
 
     def encode(self, text: str) -> tuple[NDArray[np.int64], int]:
         """Ids int64 (L,), begun, ended and filled up to the window, and how many tokens did not fit.

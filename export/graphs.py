@@ -42,20 +42,16 @@ class Sizes:
         """From the configurations and the checker's tensors. Raises BundleError where the parts do not fit
         together.
         """
-        text, unet, vae = (folder.config(name) for name in ("text_encoder", "unet", "vae"))
-        edge, channels, width = unet.get("sample_size"), unet.get("in_channels"), text.get("hidden_size")
-        if not isinstance(edge, int):
-            raise BundleError(
-                f"{folder.path / 'unet' / 'config.json'}: sample_size must be one number, the edge of square "
-                f"latents; got {edge!r}; set it, only square pictures are exported"
-            )
-        for file, wanted, got in (
-            ("unet/config.json: cross_attention_dim", width, unet.get("cross_attention_dim")),
-            ("vae/config.json: latent_channels", channels, vae.get("latent_channels")),
+        width, edge = _whole(folder, "text_encoder", "hidden_size"), _whole(folder, "unet", "sample_size")
+        channels = _whole(folder, "unet", "in_channels")
+        for part, key, wanted in (
+            ("unet", "cross_attention_dim", width),
+            ("vae", "latent_channels", channels),
         ):
-            if wanted != got:
+            if (got := _whole(folder, part, key)) != wanted:
                 raise BundleError(
-                    f"{folder.path / file} must be {wanted}; got {got!r}; take all parts from one model"
+                    f"{folder.path / part}/config.json: {key} must be {wanted}; got {got}; take all parts "
+                    "from one model"
                 )
         concepts, embedding = folder.shape("safety_checker", "concept_embeds")
         special, _ = folder.shape("safety_checker", "special_care_embeds")
@@ -63,12 +59,22 @@ class Sizes:
             window=window,
             width=width,
             latents=(channels, edge, edge),
-            picture=edge * 2 ** (len(vae["block_out_channels"]) - 1),
+            picture=edge * 2 ** (len(folder.config("vae").get("block_out_channels", ())) - 1),
             checker=Preprocessing.read(folder).size,
             concepts=concepts,
             special=special,
             embedding=embedding,
         )
+
+
+def _whole(folder: ModelFolder, part: str, key: str) -> int:
+    value = folder.config(part).get(key)
+    if not isinstance(value, int):
+        raise BundleError(
+            f"{folder.path / part}/config.json: {key} must be one whole number; got {value!r}; use a model "
+            "of square pictures of one size"
+        )
+    return value
 
 
 Tensors = tuple[TensorSpec, ...]

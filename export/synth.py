@@ -152,7 +152,10 @@ ARCHITECTURES: dict[str, Architecture] = {
         unet=_SD2_UNET | {"sample_size": 96},
         vae=_SD_VAE | {"sample_size": 768},
         vision=_VIT_L_VISION,
-        scheduler=("DDIMScheduler", _SCALED | {"prediction_type": "v_prediction", "set_alpha_to_one": False}),
+        scheduler=(
+            "DDIMScheduler",
+            _SCALED | {"prediction_type": "v_prediction", "set_alpha_to_one": False, "clip_sample": False},
+        ),
         pad="!",
     ),
     "sd-turbo": Architecture(

@@ -51,23 +51,23 @@ DECISIONS = ("flagged", "finite", "score", "blocked", "has_nsfw_concepts")  # eq
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """Lengths of the named axes. `poisoned`: the last probe's latents are not finite."""
+    """Lengths of the named axes. `poisoned`: NaN among the latents of the last probe."""
 
     axes: Mapping[str, int]
     poisoned: bool = False
 
     def __str__(self) -> str:
         lengths = ", ".join(f"{name} {length}" for name, length in self.axes.items())
-        return f"{lengths}, one not finite" if self.poisoned else lengths
+        return f"{lengths}, NaN" if self.poisoned else lengths
 
 
 def cases(graph: str, *, large: bool) -> tuple[Case, ...]:
-    """What is compared: small and odd lengths and, for the detector, a probe that must be flagged."""
+    """What is compared: small and odd lengths and, in a small detector, a probe that must be flagged."""
     if graph != "detector":
         return tuple(Case({"batch": batch}) for batch in ((1, 2) if large else (1, 3)))
     pairs = ((1, 1), (1, 2)) if large else ((1, 1), (1, 8), (3, 5))
     found = [Case({"requests": requests, "probes": probes}) for requests, probes in pairs]
-    return (*found, Case({"requests": 1, "probes": 2}, poisoned=True))
+    return tuple(found) if large else (*found, Case({"requests": 1, "probes": 2}, poisoned=True))
 
 
 def verify_bundle(bundle: Path, model: Path | None) -> tuple[Row, ...]:

@@ -57,7 +57,7 @@ def store_as_half(model: ir.Model) -> None:
         value.const_value = ir.LazyTensor(
             lambda tensor=tensor: ir.tensor(tensor.numpy().astype(np.float16)),  # type: ignore[misc]
             dtype=ir.DataType.FLOAT16,
-            shape=ir.Shape(tensor.shape),
+            shape=ir.Shape(tensor.shape.numpy()),
             name=value.name,
         )
         value.dtype = ir.DataType.FLOAT16

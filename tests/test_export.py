@@ -8,8 +8,6 @@ from pathlib import Path
 
 import numpy as np
 import onnx
-import onnx_ir as ir
-import onnxruntime as ort
 import pytest
 import torch
 from click.testing import CliRunner
@@ -17,14 +15,11 @@ from safetensors.torch import load_file, save_file
 
 from safelight.cli import main
 from safelight.containment import digest
-from safelight.engine.eager import load_graph
-from safelight.engine.model_folder import ModelFolder
 from safelight.errors import BundleError, ExportError
 from safelight.export import bundle as exporting
 from safelight.export import verify as verifying
 from safelight.export import weights
 from safelight.export.bundle import export_bundle
-from safelight.export.graphs import Sizes, trace
 from safelight.export.synth import synth
 from safelight.manifest import GRAPHS, MANIFEST, Manifest
 from safelight.schedule import NoiseSchedule
@@ -188,75 +183,6 @@ def test_weights_beside_the_graph_are_named_and_needed(
         Manifest.load(cut)
 
 
-def test_large_tensors_beside_the_graph_are_aligned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(weights, "EXTERNAL_BYTES", 0)
-    held = [np.full(size, number, np.float32) for number, size in enumerate((700_000, 5, 700_001))]
-    values = [ir.Value(name=f"w{number}", const_value=ir.tensor(array)) for number, array in enumerate(held)]
-    node = ir.node("Concat", values, {"axis": 0})
-    graph = ir.Graph([], node.outputs, nodes=[node], initializers=values, opset_imports={"": 20}, name="g")
-    assert weights.save(ir.Model(graph, ir_version=10), tmp_path / "model.onnx") == ("model.onnx_data",)
-    saved = onnx.load(tmp_path / "model.onnx", load_external_data=False).graph.initializer
-    outside = [{item.key: item.value for item in tensor.external_data} for tensor in saved]
-    assert [int(entry.get("offset", -1)) % 65536 for entry in outside] == [
-        0,
-        65535,
-        0,
-    ]  # the small one is inside
-    assert np.array_equal(onnx.numpy_helper.to_array(saved[2], str(tmp_path)), held[2])
-
-
-def test_half_precision_changes_the_size_and_no_output(tiny_model: Path, tmp_path: Path) -> None:
-    sizes = Sizes.read(ModelFolder.open(tiny_model), 32)
-    model = trace(load_graph(tiny_model, "text_encoder"), "text_encoder", sizes)
-    ids = np.arange(96, dtype=np.int64).reshape(3, 32)
-    found = []
-    for name in ("whole", "half"):
-        if name == "half":
-            weights.store_as_half(model)
-        weights.save(model, tmp_path / name / "model.onnx")
-        session = ort.InferenceSession(tmp_path / name / "model.onnx", providers=["CPUExecutionProvider"])
-        found.append(session.run(None, {"input_ids": ids}))
-    whole, half = ((tmp_path / name / "model.onnx").stat().st_size for name in ("whole", "half"))
-    assert half < 0.6 * whole
-    for one, other in zip(*found, strict=True):
-        assert np.array_equal(one, other)
-
-
-def test_only_what_half_precision_holds_is_stored_so() -> None:
-    size = weights.SMALLEST
-    held = {
-        "exact": np.arange(size, dtype=np.float32),
-        "inexact": np.full(size, 0.1, np.float32),
-        "huge": np.full(size, 1e6, np.float32),
-        "small": np.zeros(size - 1, np.float32),
-        "index": np.arange(size),
-    }
-    values = [ir.Value(name=name, const_value=ir.tensor(array, name=name)) for name, array in held.items()]
-    node = ir.node("Concat", values[:4], {"axis": 0})
-    graph = ir.Graph([], node.outputs, nodes=[node], initializers=values, opset_imports={"": 20}, name="g")
-    weights.store_as_half(ir.Model(graph, ir_version=10))
-    stored = {name: value.const_value.dtype.name for name, value in graph.initializers.items()}
-    assert stored == {
-        "exact": "FLOAT16",
-        "inexact": "FLOAT",
-        "huge": "FLOAT",
-        "small": "FLOAT",
-        "index": "INT64",
-    }
-    assert [item.name for item in node.inputs] == ["exact.float32", "inexact", "huge", "small"]
-
-
-def test_rounding_to_half_is_exact_or_refused() -> None:
-    layer = torch.nn.Linear(3, 3)
-    layer.weight.data.fill_(0.1)
-    assert torch.equal(
-        weights.round_to_half(layer, "layer").weight.data, torch.full((3, 3), 0.1).half().float()
-    )
-    layer.bias.data.fill_(1e5)
-    with pytest.raises(ExportError, match=r"layer: the weights bias exceed float16; .* --precision fp32"):
-        weights.round_to_half(layer, "layer")
-
-
 @pytest.mark.usefixtures("few")
 def test_a_float32_model_is_rounded_and_verified_as_such(tiny_model: Path, tmp_path: Path) -> None:
     """What half precision cannot hold is rounded, in the graph and in the reference it is held against."""
@@ -328,73 +254,47 @@ def test_a_target_that_holds_something_is_left_alone(tiny_model: Path, tmp_path:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "folder"]
 
 
-def _no_checker(model: Path) -> None:
-    index = json.loads((model / "model_index.json").read_text()) | {"safety_checker": [None, None]}
-    (model / "model_index.json").write_text(json.dumps(index))
+@pytest.mark.parametrize(
+    ("file", "changes", "message"),
+    [
+        ("model_index.json", {"safety_checker": [None, None]}, "names no safety_checker, and nothing runs"),
+        ("model_index.json", {"_class_name": "StableDiffusionXLPipeline"}, "SDXL class .* are not supported"),
+        ("tokenizer/tokenizer_config.json", {"eos_token": "<end>"}, "vocab.json lacks the eos_token '<end>'"),
+        ("safety_checker/config.json", {"concept_names": ["a star"]}, "concept_names must be 17 names; got"),
+        ("unet/config.json", {"cross_attention_dim": 96}, "cross_attention_dim must be 64; got 96"),
+        (
+            "unet/config.json",
+            {"sample_size": [8, 16]},
+            r"sample_size must be one whole number; got \[8, 16\]",
+        ),
+    ],
+)
+def test_a_configuration_that_cannot_be_used_is_refused(
+    tiny_model: Path, tmp_path: Path, file: str, changes: dict, message: str
+) -> None:
+    model = copy_of(tiny_model, tmp_path)
+    (model / file).write_text(json.dumps(json.loads((model / file).read_text()) | changes))
+    with pytest.raises(BundleError, match=message):
+        export_bundle(model, tmp_path / "bundle")
+    assert list(tmp_path.iterdir()) == [model]
 
 
-def _no_checker_folder(model: Path) -> None:
-    shutil.rmtree(model / "safety_checker")
-
-
-def _sdxl(model: Path) -> None:
-    index = json.loads((model / "model_index.json").read_text()) | {
-        "_class_name": "StableDiffusionXLPipeline"
-    }
-    (model / "model_index.json").write_text(json.dumps(index))
-
-
-def _pickle(model: Path) -> None:
-    (model / "unet" / "diffusion_pytorch_model.safetensors").rename(
-        model / "unet" / "diffusion_pytorch_model.bin"
-    )
-
-
-def _no_merges(model: Path) -> None:
-    (model / "tokenizer" / "merges.txt").unlink()
-
-
-def _no_end_token(model: Path) -> None:
-    config = json.loads((model / "tokenizer" / "tokenizer_config.json").read_text()) | {"eos_token": "<end>"}
-    (model / "tokenizer" / "tokenizer_config.json").write_text(json.dumps(config))
-
-
-def _few_names(model: Path) -> None:
-    config = json.loads((model / "safety_checker" / "config.json").read_text()) | {
-        "concept_names": ["a star"]
-    }
-    (model / "safety_checker" / "config.json").write_text(json.dumps(config))
-
-
-def _other_text(model: Path) -> None:
-    config = json.loads((model / "unet" / "config.json").read_text()) | {"cross_attention_dim": 96}
-    (model / "unet" / "config.json").write_text(json.dumps(config))
-
-
-def _oblong(model: Path) -> None:
-    config = json.loads((model / "unet" / "config.json").read_text()) | {"sample_size": [8, 16]}
-    (model / "unet" / "config.json").write_text(json.dumps(config))
+UNET = "unet/diffusion_pytorch_model"
 
 
 @pytest.mark.parametrize(
-    ("spoil", "message"),
+    ("file", "becomes", "message"),
     [
-        (_no_checker, "model_index.json names no safety_checker, and nothing runs without"),
-        (_no_checker_folder, "safety_checker is missing"),
-        (_sdxl, "SDXL class .* are not supported"),
-        (_pickle, "diffusion_pytorch_model.bin may hold a pickle and is never read"),
-        (_no_merges, "merges.txt is missing"),
-        (_no_end_token, "vocab.json lacks the eos_token '<end>'"),
-        (_few_names, "concept_names must be 17 names; got"),
-        (_other_text, "unet/config.json: cross_attention_dim must be 64; got 96"),
-        (_oblong, r"sample_size must be one number, the edge of square latents; got \[8, 16\]"),
+        ("safety_checker", "elsewhere", "safety_checker is missing"),
+        ("tokenizer/merges.txt", "elsewhere", "merges.txt is missing"),
+        (f"{UNET}.safetensors", f"{UNET}.bin", f"{UNET}.bin may hold a pickle and is never read"),
     ],
 )
-def test_a_folder_that_cannot_be_used_is_refused(
-    tiny_model: Path, tmp_path: Path, spoil: Callable[[Path], None], message: str
+def test_a_missing_part_is_refused(
+    tiny_model: Path, tmp_path: Path, file: str, becomes: str, message: str
 ) -> None:
     model = copy_of(tiny_model, tmp_path)
-    spoil(model)
+    (model / file).rename(model / becomes)
     with pytest.raises(BundleError, match=message):
         export_bundle(model, tmp_path / "bundle")
     assert list(tmp_path.iterdir()) == [model]

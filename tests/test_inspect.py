@@ -31,7 +31,8 @@ def inspect(*arguments):
 
 def facts(text):
     """The lines before the first empty one, by their first column."""
-    return {line[:14].strip(): line[14:] for line in text.partition("\n\n")[0].splitlines()}
+    lines = text.partition("\n\n")[0].splitlines()
+    return {line[:15].strip(): line[16:] for line in lines}
 
 
 def test_json_is_the_manifest_with_its_id_and_folder(bundle):
@@ -71,12 +72,14 @@ def test_every_tensor_of_every_graph_has_a_line(bundle):
 def test_a_calibration_is_shown_by_its_figures(bundle):
     tune = {"need": 8, "fpr": 0.0123456, "fpr_95": [0.001, 0.03], "odd": {}}
     calibration = {"target_fpr": 0.02, "rule": "widest", "curve": [tune, tune, tune], "tune": tune}
+    calibration |= {"held_out": {"odd": tune, "new": {"tpr": 0.5}}}
     manifest = Manifest.load(bundle)
     probe = ProbeConfig(kind="token_shift", count=16, threshold=0.5)
     manifest.with_calibration(probe, calibration).write(bundle)
     said = facts(inspect(bundle))
     assert said["calibration"] == "rule widest, target_fpr 0.02"
-    assert said["tune"] == "fpr 0.01235, fpr_95 [0.001, 0.03], need 8"
+    assert said["held_out new"] == "tpr 0.5" and "held_out" not in said
+    assert said["tune"] == said["held_out odd"] == "fpr 0.01235, fpr_95 [0.001, 0.03], need 8"
     assert said["probe"] == "16 token_shift of the prompt, turning tokens+eos"
     assert said["policy"].startswith("blocked from 8 of 16")
 

@@ -318,6 +318,26 @@ def why(values):
     return str(caught.value)
 
 
+@pytest.mark.parametrize("number", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize(
+    "at",
+    [
+        ("guidance_scale",),
+        ("one_step", "timestep"),
+        ("picture", "scaling_factor"),
+        ("checker", "mean", 1),
+        ("probe", "angle_rad"),
+        ("verification", 0, "tol"),
+        ("scheduler", "beta_end"),
+        ("calibration", "curve", 0),
+    ],
+)
+def test_a_number_that_is_not_finite_is_refused_at_any_place(made, at, number):
+    values = plain(made) | {"calibration": {"curve": [1.0]}}
+    inside(values, at[:-1])[at[-1]] = number
+    assert "must be finite" in why(values)
+
+
 def test_a_value_of_another_type_at_any_place(made):
     """Every leaf and every container is replaced by values of all other types."""
     values = plain(made)

@@ -61,6 +61,9 @@ def hidden_places(tensor):
     constant = helper.make_node("Constant", [], ["w"], value=tensor)
     many = helper.make_node("Odd", [], ["w"])
     many.attribute.append(onnx.AttributeProto(name="t", type=onnx.AttributeProto.TENSORS, tensors=[tensor]))
+    graphs = helper.make_node("Odd", ["x"], ["y"])
+    graphs.attribute.append(onnx.AttributeProto(name="g", type=onnx.AttributeProto.GRAPHS))
+    graphs.attribute[0].graphs.add().initializer.append(tensor)
     thin = helper.make_node("Constant", [], ["w"])
     thin.attribute.append(
         onnx.AttributeProto(name="sparse_value", type=onnx.AttributeProto.SPARSE_TENSOR, sparse_tensor=sparse)
@@ -80,6 +83,7 @@ def hidden_places(tensor):
         "initializer": model(weights=[tensor]),
         "attribute": model(constant),
         "attribute of many": model(many),
+        "one of many graphs": model(graphs),
         "sparse attribute": model(thin),
         "sparse initializer": rare,
         "if": model(then_branch(tensor)),

@@ -80,11 +80,16 @@ def open_backend(
 
 
 def shape_of(spec: TensorSpec, axes: Mapping[str, int]) -> tuple[int, ...]:
-    """The shape of a tensor once its named axes have lengths. Raises ShapeError for a name without one."""
+    """The shape of a tensor once its named axes have lengths. Raises ShapeError for a name without one, and
+    for a length below 1.
+    """
     try:
-        return tuple(axis if isinstance(axis, int) else axes[axis] for axis in spec.axes)
+        shape = tuple(axis if isinstance(axis, int) else axes[axis] for axis in spec.axes)
     except KeyError as fault:
         raise ShapeError(f"{spec.name}: no length for the axis {fault}; plan it first") from None
+    if min(shape, default=1) < 1:
+        raise ShapeError(f"{spec.name}: axes must have lengths of at least 1; got {shape}; plan others")
+    return shape
 
 
 def axes_of(spec: GraphEntry, inputs: Mapping[str, Array]) -> dict[str, int]:

@@ -95,7 +95,7 @@ class OrtStage:
         def stop() -> None:
             options.terminate = True
 
-        watch = threading.Timer(left, stop)
+        watch = threading.Timer(min(left, threading.TIMEOUT_MAX), stop)
         watch.daemon = True
         watch.start()
         try:

@@ -18,6 +18,7 @@ from safelight.models.shapes import MODEL_FOLDER, ORACLE_FILE
 from safelight.models.shapes.captions import stream
 from safelight.models.shapes.stages.autoencoder import encode_all, train_autoencoder
 from safelight.models.shapes.stages.checker import build_processor, checker_input, train_checker
+from safelight.models.shapes.stages.curves import plot_curves
 from safelight.models.shapes.stages.diffusion import build_scheduler, train_diffusion
 from safelight.models.shapes.stages.oracle import Oracle, train_oracle
 from safelight.models.shapes.stages.pictures import Pictures
@@ -48,6 +49,7 @@ def train(work: Path, out: Path, oracle_file: Path, count: int) -> None:
     unsafe = torch.tensor([item.scene.restricted for item in tuning] * 2)
     set_thresholds(work, checker, checker_input(made, build_processor()), unsafe)
     write(out, oracle_file, generators, checker, oracle)
+    plot_curves(work, out.parent / "curves.png")
 
 
 def write(out: Path, oracle_file: Path, made: Generators, checker: torch.nn.Module, oracle: Oracle) -> None:
@@ -64,9 +66,8 @@ def write(out: Path, oracle_file: Path, made: Generators, checker: torch.nn.Modu
     pipeline.to(torch.float16)
     pipeline.save_pretrained(out, safe_serialization=True)
     made.student.half().save_pretrained(out / "unet_one_step")
-    made.tokenizer._tokenizer.model.save(
-        str(out / "tokenizer")
-    )  # vocab.json and merges.txt, which CLIP readers expect
+    # vocab.json and merges.txt, which readers of CLIP's format expect
+    made.tokenizer._tokenizer.model.save(str(out / "tokenizer"))
     oracle_file.parent.mkdir(parents=True, exist_ok=True)
     save_file({key: value.half() for key, value in oracle.state_dict().items()}, oracle_file)
 

@@ -12,6 +12,7 @@ from diffusers.pipelines.stable_diffusion import StableDiffusionSafetyChecker
 from torch import Tensor, nn
 from transformers import CLIPConfig, CLIPImageProcessor
 
+from safelight.kernels.reference import concept_margins
 from safelight.models.shapes.scene import COLOURS, KINDS, NEIGHBOURS, RESTRICTED
 from safelight.models.shapes.stages.loop import Plan, fit
 from safelight.models.shapes.stages.pictures import Pictures, content_index, spoil
@@ -99,6 +100,19 @@ def margins(checker: StableDiffusionSafetyChecker, clip_input: Tensor) -> tuple[
     return concepts, special - checker.special_care_embeds_weights
 
 
+def largest_margins(checker: StableDiffusionSafetyChecker, clip_input: Tensor) -> Tensor:
+    """The largest margin of each picture, float32 (N,), by the checker's whole rule; > 0 is flagged."""
+    embeds = checker.visual_projection(checker.vision_model(clip_input).pooler_output)
+    found = concept_margins(
+        embeds,
+        checker.concept_embeds,
+        checker.concept_embeds_weights,
+        checker.special_care_embeds,
+        checker.special_care_embeds_weights,
+    )
+    return found.amax(1)
+
+
 def train_checker(work: Path, pictures: Pictures) -> StableDiffusionSafetyChecker:
     """Train, or load, the checker."""
     torch.manual_seed(3)
@@ -116,4 +130,6 @@ def train_checker(work: Path, pictures: Pictures) -> StableDiffusionSafetyChecke
         return {"loss": each + 0.5 * top, "top": top}
 
     fit("checker", work, nn.ModuleDict({"checker": checker}), loss_of, PLAN)
+    checker.config.concept_names = list(CONCEPTS)
+    checker.config.special_care_names = [f"a {kind}" for kind in NEIGHBOURS]
     return checker.requires_grad_(False)

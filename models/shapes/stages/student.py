@@ -19,9 +19,9 @@ from safelight.models.shapes.stages.loop import Plan, fit
 from safelight.models.shapes.stages.pictures import Pictures
 from safelight.models.shapes.stages.text import encode
 
-PLAN = Plan(steps=4800, lr=8e-4, ema=0.999, warmup=100)
+PLAN = Plan(steps=3600, lr=8e-4, ema=0.999, warmup=100)
 BATCH = 64
-PAIRS = 18_000
+PAIRS = 16_000
 STEPS = 7  # of the teacher's sampler
 GUIDANCE = 2.5
 LAST = 999  # the timestep of pure noise

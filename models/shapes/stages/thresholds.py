@@ -9,7 +9,7 @@ import torch
 from diffusers.pipelines.stable_diffusion import StableDiffusionSafetyChecker
 from torch import Tensor
 
-from safelight.models.shapes.stages.checker import margins
+from safelight.models.shapes.stages.checker import largest_margins
 
 FALSE_POSITIVES = 0.004  # share of safe tuning pictures that may be flagged
 
@@ -25,7 +25,7 @@ def set_thresholds(
     safe pictures' largest margins and the 1% quantile of the unsafe ones', when the two are apart, and at the
     former when they are not.
     """
-    top = margins(checker, clip_input)[0].amax(1)
+    top = torch.cat([largest_margins(checker, part) for part in torch.split(clip_input, 256)])
     safe_edge = float(top[~unsafe].quantile(1 - FALSE_POSITIVES))
     unsafe_edge = float(top[unsafe].quantile(0.01))
     shift = (safe_edge + unsafe_edge) / 2 if unsafe_edge > safe_edge else safe_edge

@@ -12,7 +12,8 @@ from typing import Any
 import click
 
 from safelight import __version__
-from safelight.cli.bundle import calibrate, export, inspect, synth, verify
+from safelight.cli.bundle import export, inspect, synth, verify
+from safelight.cli.calibration import calibrate
 from safelight.cli.generation import generate
 from safelight.cli.measure import bench, doctor
 from safelight.cli.screening import screen

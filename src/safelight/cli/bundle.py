@@ -1,14 +1,11 @@
-"""Commands about models and bundles: export, verify, inspect, synth, calibrate."""
+"""Commands about models and bundles: export, verify, inspect, synth."""
 
 import json
 import math
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import click
-
-from safelight.cli.options import model_options, probe_options
 
 FOLDER = click.Path(path_type=Path)
 JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
@@ -90,11 +87,3 @@ def synth(name: str, folder: Path) -> None:
 
     build(name, folder)
     click.echo(str(folder))
-
-
-@click.command()
-@model_options
-@probe_options
-def calibrate(**options: Any) -> None:
-    """Set angle and threshold to a false-positive rate on clean prompts."""
-    raise NotImplementedError

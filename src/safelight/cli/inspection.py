@@ -17,7 +17,7 @@ _NONE = "none"
 def describe(folder: Path, manifest: Manifest) -> Iterator[str]:
     """The lines that `safelight inspect` prints."""
     for name, value in _facts(folder, manifest):
-        yield _shown(f"{name:14}{value}")
+        yield _shown(f"{name:15} {value}")
     yield ""
     yield f"{'graph':16}{'size':>9}  {'':4}{'tensor':24}{'dtype':9}axes"
     for name, graph in manifest.graphs.items():
@@ -57,10 +57,7 @@ def _facts(folder: Path, manifest: Manifest) -> Iterator[tuple[str, str]]:
     if manifest.calibration is None:
         yield "calibration", f"{_NONE}, the policy is a guess; do: safelight calibrate"
     else:
-        yield "calibration", _figures(manifest.calibration) or "done"
-        for name, part in manifest.calibration.items():
-            if isinstance(part, Mapping):
-                yield f"  {name}", _figures(part)
+        yield from _parts("calibration", manifest.calibration)
     yield "defences", ", ".join(manifest.defences) or _NONE
 
 
@@ -77,10 +74,14 @@ def _axes(axes: tuple[str | int, ...]) -> str:
     return ", ".join(str(axis) for axis in axes)
 
 
-def _figures(values: Mapping[str, Any]) -> str:
-    """The numbers, texts and intervals among `values`; curves and parts of their own are left out."""
-    shown = {name: _figure(value) for name, value in values.items()}
-    return ", ".join(f"{name} {text}" for name, text in shown.items() if text)
+def _parts(name: str, values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """A line of the numbers, texts and intervals among `values`, and a line for each part; no curves."""
+    shown = {key: _figure(value) for key, value in values.items()}
+    if line := ", ".join(f"{key} {text}" for key, text in shown.items() if text):
+        yield name, line
+    for key, part in values.items():
+        if isinstance(part, Mapping):
+            yield from _parts(key if name == "calibration" else f"{name} {key}", part)
 
 
 def _figure(value: Any) -> str:

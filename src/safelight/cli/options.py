@@ -71,4 +71,6 @@ def open_detector(options: dict[str, Any]) -> "Detector":
 
 def bundle_policy(bundle: str) -> ProbeConfig:
     """The probe settings that a bundle was calibrated with."""
-    raise NotImplementedError(bundle)
+    from safelight.engine.bundle import open_bundle
+
+    return open_bundle(bundle).manifest.probe
