@@ -206,8 +206,3 @@ def _class_of(name: str) -> tuple[Any, dict[str, Any]]:
     from diffusers.pipelines.stable_diffusion import StableDiffusionSafetyChecker
 
     return StableDiffusionSafetyChecker, {}
-
-
-def parameters(networks: Iterator[nn.Module]) -> int:
-    """How many parameters the networks have together."""
-    return sum(value.numel() for network in networks for value in network.parameters())

@@ -1,14 +1,13 @@
 """Pictures that come in from outside: an allow-list of formats and a cap on pixels, both before decoding."""
 
 import io
-import struct
 import warnings
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from safelight.errors import ImageError
 
@@ -17,6 +16,15 @@ MAX_PIXELS = 16 << 20  # 16.8 million, four times a 2048 px square
 MAX_BYTES = 64 << 20
 MAX_ASPECT = 8  # long edge over short edge, so at most eight squares are looked at
 MODES = ("1", "L", "P", "RGB", "CMYK", "YCbCr", "LA", "PA", "RGBA")  # of PIL, beside 16-bit grey
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 
 
 def read_picture(source: Any, *, max_pixels: int = MAX_PIXELS) -> NDArray[np.uint8]:
@@ -34,27 +42,27 @@ def read_picture(source: Any, *, max_pixels: int = MAX_PIXELS) -> NDArray[np.uin
             )
         _check_size(source.shape[1], source.shape[0], max_pixels)
         return source
-    if isinstance(source, Image.Image):
-        _check_size(*source.size, max_pixels)
-        return _upright(source)
     if isinstance(source, str | Path):
         with Path(source).open("rb") as file:
             source = file.read(MAX_BYTES + 1)  # a device has no end
-    if not isinstance(source, bytes | bytearray | memoryview):
+    if not isinstance(source, bytes | bytearray | memoryview | Image.Image):
         raise TypeError(f"a picture is a path, bytes, a PIL image or an array; got {type(source).__name__}")
-    if len(source) > MAX_BYTES:
+    if not isinstance(source, Image.Image) and len(source) > MAX_BYTES:
         raise ImageError(f"the picture has more than {MAX_BYTES} bytes, which is all that is read; shrink it")
     try:
+        if isinstance(source, Image.Image):
+            return _upright(source, max_pixels)
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(io.BytesIO(source), formats=FORMATS) as opened:
-                _check_size(*opened.size, max_pixels)
-                return _upright(opened)
+                return _upright(opened, max_pixels)
+    except ImageError:
+        raise
     except UnidentifiedImageError:
         raise ImageError(f"the picture is none of {', '.join(FORMATS)}; convert it") from None
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as fault:
         raise ImageError(f"the picture is too large ({fault}); shrink it") from None
-    except (OSError, SyntaxError, ValueError, EOFError, struct.error) as fault:  # all that Pillow lets through
+    except Exception as fault:  # Pillow lets through whatever its parsers raise: struct.error, TypeError
         raise ImageError(f"the picture cannot be decoded ({fault}); save it again") from None
 
 
@@ -67,8 +75,11 @@ def _check_size(width: int, height: int, max_pixels: int) -> None:
         raise ImageError(f"the picture is {width} x {height}; at most {MAX_ASPECT} to 1 is checked; crop it")
 
 
-def _upright(image: Image.Image) -> NDArray[np.uint8]:
-    upright = ImageOps.exif_transpose(image)
+def _upright(image: Image.Image, max_pixels: int) -> NDArray[np.uint8]:
+    _check_size(*image.size, max_pixels)
+    # not ImageOps.exif_transpose, which writes all notes anew and so fails over an odd one
+    turn = _TURNS.get(image.getexif().get(ExifTags.Base.Orientation))
+    upright = image if turn is None else image.transpose(turn)
     if upright.mode.startswith("I;16"):
         return _from_16_bits(upright)
     if upright.mode not in MODES:
@@ -79,7 +90,7 @@ def _upright(image: Image.Image) -> NDArray[np.uint8]:
 
 
 def _from_16_bits(image: Image.Image) -> NDArray[np.uint8]:
-    """16-bit grey as the upper 8 bits of each level; Pillow's own conversion cuts at 255, and so shows white."""
+    """16-bit grey by the upper 8 bits of each level: Pillow's conversion cuts at 255, and so shows white."""
     levels = np.asarray(image)
     grey = (levels >> 8).astype(np.uint8)
     clear = image.info.get("transparency")

@@ -16,7 +16,8 @@ from safelight.errors import BundleError
 from safelight.manifest import Tokens
 
 _WORDS = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
-_SPECIAL = ("bos_token", "eos_token", "unk_token", "pad_token")
+_BEGIN, _END = "<|startoftext|>", "<|endoftext|>"
+_USUAL = {"bos_token": _BEGIN, "eos_token": _END, "unk_token": _END, "pad_token": _END}
 MAX_CHARACTERS = 32_000  # far past any window; what lies beyond cannot reach the model
 
 
@@ -28,18 +29,18 @@ class PromptTokenizer:
         not fit.
         """
         self._tokens = tokens
-        config = read_json(folder / "tokenizer_config.json")
         try:
-            special = [_added(config[name]) for name in _SPECIAL if config.get(name) is not None]
-            unknown = config.get("unk_token")
+            named, listed = _special_tokens(folder)
             model = models.BPE.from_file(
                 str(folder / "vocab.json"),
                 str(folder / "merges.txt"),
                 continuing_subword_prefix="",
                 end_of_word_suffix="</w>",
                 fuse_unk=False,
-                unk_token=_added(unknown).content if unknown is not None else None,
+                unk_token=named["unk_token"].content,
             )
+        except BundleError:
+            raise
         except Exception as fault:  # tokenizers raises bare Exceptions
             raise BundleError(
                 f"{folder}: the vocabulary cannot be read ({fault}); export it again"
@@ -52,15 +53,12 @@ class PromptTokenizer:
         self._tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
             [split, pre_tokenizers.ByteLevel(add_prefix_space=False)]
         )
-        self._tokenizer.add_special_tokens(special)
-        expected = {"bos_token": tokens.bos, "eos_token": tokens.eos, "pad_token": tokens.pad}
-        named = dict(zip([name for name in _SPECIAL if config.get(name) is not None], special, strict=True))
-        for name, token in expected.items():
-            found = self._tokenizer.token_to_id(named[name].content) if name in named else token
-            if found != token or self._tokenizer.id_to_token(token) is None:
-                raise BundleError(
-                    f"{folder}: {name} must have the id {token} of the manifest; got {found}; export it again"
-                )
+        self._tokenizer.add_tokens(listed)
+        self._tokenizer.add_special_tokens(list(named.values()))
+        ids = {name: self._tokenizer.token_to_id(token.content) for name, token in named.items()}
+        found = Tokens(tokens.window, ids["bos_token"], ids["eos_token"], ids["pad_token"])
+        if found != tokens:
+            raise BundleError(f"{folder} gives {found}, its manifest {tokens}; export the bundle again")
 
     def encode(self, text: str) -> tuple[NDArray[np.int64], int]:
         """Ids int64 (L,), begun, ended and filled up to the window, and how many tokens did not fit.
@@ -83,11 +81,26 @@ class PromptTokenizer:
         return ids, len(found) - len(kept)
 
 
-def _added(entry: Any) -> AddedToken:
-    """A special token as written in a configuration: its text, or an object with its settings."""
+def _special_tokens(folder: Path) -> tuple[dict[str, AddedToken], list[AddedToken]]:
+    """The special tokens by name, and all that the configuration adds, as transformers reads them.
+
+    An older configuration, which lists no added tokens, is overruled by special_tokens_map.json: Stable
+    Diffusion 2 says there alone that it pads with "!".
+    """
+    config = read_json(folder / "tokenizer_config.json")
+    entries = config.get("added_tokens_decoder")
+    if entries is None and (folder / "special_tokens_map.json").is_file():
+        config |= read_json(folder / "special_tokens_map.json")
+    listed = [_added(entry) for _, entry in sorted((entries or {}).items(), key=lambda item: int(item[0]))]
+    known = {token.content: token for token in listed}
+    named = {name: _added(config.get(name) or usual, special=True) for name, usual in _USUAL.items()}
+    return {name: known.get(token.content, token) for name, token in named.items()}, listed
+
+
+def _added(entry: Any, *, special: bool = False) -> AddedToken:
+    """A token as written in a configuration: its text, or an object with its settings."""
     if isinstance(entry, str):
-        return AddedToken(entry, normalized=False, special=True)
-    settings = {
-        name: entry[name] for name in ("single_word", "lstrip", "rstrip", "normalized") if name in entry
-    }
-    return AddedToken(entry["content"], special=True, **settings)
+        return AddedToken(entry, special=special)
+    names = ("single_word", "lstrip", "rstrip", "normalized")
+    settings = {name: entry[name] for name in names if name in entry}
+    return AddedToken(entry["content"], special=special or bool(entry.get("special")), **settings)

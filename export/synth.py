@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from safelight.errors import ExportError
 from safelight.export.vocabulary import write_tokenizer
@@ -339,8 +339,3 @@ def _write_configurations(made: Architecture, folder: Path) -> None:
             json.dumps(processor, indent=2)
         )
     (folder / "model_index.json").write_text(json.dumps(index, indent=2))
-
-
-def count_parameters(network: nn.Module) -> int:
-    """How many parameters a network has."""
-    return sum(value.numel() for value in network.parameters())

@@ -23,9 +23,14 @@ from transformers import (
 from safelight.engine.model_folder import ModelFolder
 from safelight.errors import BundleError, ExportError
 from safelight.export import synth as module
-from safelight.export.synth import ARCHITECTURES, count_parameters, synth
+from safelight.export.synth import ARCHITECTURES, synth
 from safelight.export.vocabulary import BOS, EOS, make
 from safelight.schedule import NoiseSchedule
+
+
+def count_parameters(network: torch.nn.Module) -> int:
+    return sum(value.numel() for value in network.parameters())
+
 
 TINY = ("tiny-sd", "tiny-sd-turbo")
 REAL = tuple(name for name in ARCHITECTURES if name not in TINY)

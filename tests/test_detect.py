@@ -1,0 +1,750 @@
+"""The detector's laws: what stops a check early never changes it, and whatever goes wrong blocks.
+
+Votes, chunks, time-outs and faults are tested with a model that sees what it is told to; the real graph shows
+that both runtimes say the same, that a run is stopped half-way, and that nothing leaks.
+"""
+
+import gc
+import hashlib
+import itertools
+import math
+import runpy
+import shutil
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import onnx
+import psutil
+import pytest
+import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+
+from safelight.engine.backends import BACKENDS, open_backend
+from safelight.engine.bundle import Bundle, open_bundle
+from safelight.engine.detect import ROWS, Detector
+from safelight.engine.looks import Looks
+from safelight.engine.neighbourhood import Request
+from safelight.errors import SafelightError, ShapeError
+from safelight.kernels import reference
+from safelight.manifest import FileEntry
+from safelight.probe import ProbeConfig
+from safelight.verdict import Verdict
+
+NAN = math.nan
+CLOSE = 3e-3  # two runtimes give margins that differ by less
+HANDMADE = runpy.run_path(str(Path(__file__).with_name("handmade.py")))
+
+
+class Model:
+    """A model inside a detector. `see` gives the one margin of a request's probe, and may raise."""
+
+    device = "a model that sees what it is told to"
+
+    def __init__(self, see: Callable[[Request, int], float]) -> None:
+        self.see = see
+        self.calls: list[tuple[tuple[int, ...], range]] = []
+        self.deadlines: list[float | None] = []
+        self.closed = 0
+
+    def distinct(self, request: Request, probes: int) -> int:
+        return probes
+
+    def look(self, requests: Any, probes: range, *, deadline: float | None = None) -> Looks:
+        self.calls.append((tuple(request.seed for request in requests), probes))
+        self.deadlines.append(deadline)
+        seen = [[[self.see(request, probe)] for probe in probes] for request in requests]
+        margins = np.asarray(seen, dtype=np.float32)
+        finite = np.isfinite(margins).all(-1)
+        images = np.zeros((*finite.shape, 3, 1, 1), np.float32)
+        return Looks(margins, (margins > 0).any(-1) | ~finite, finite, images)
+
+    def close(self) -> None:
+        self.closed += 1
+
+    @property
+    def evaluated(self) -> dict[int, int]:
+        """Probes per seed."""
+        found: dict[int, int] = {}
+        for seeds, probes in self.calls:
+            for seed in seeds:
+                found[seed] = found.get(seed, 0) + len(probes)
+        return found
+
+
+class Graphs:
+    """A backend whose stages say what they are and do nothing."""
+
+    def __init__(self, bundle: Bundle) -> None:
+        self.bundle = bundle
+
+    def stage(self, graph: str) -> Any:
+        return SimpleNamespace(
+            spec=self.bundle.manifest.graphs[graph], device="", plan=None, run=None, close=lambda: None
+        )
+
+
+@pytest.fixture(scope="module")
+def bundle(tiny_bundle: Path) -> Bundle:
+    return open_bundle(tiny_bundle)
+
+
+@pytest.fixture(scope="module")
+def told(bundle: Bundle) -> Callable[..., Detector]:
+    """A detector with a `Model` inside."""
+
+    def make(model: Any, config: ProbeConfig, **settings: Any) -> Detector:
+        detector = Detector(bundle, Graphs(bundle), config, **settings)
+        detector._model = model
+        return detector
+
+    return make
+
+
+def probes(count: int, threshold: float = 0.25) -> ProbeConfig:
+    return ProbeConfig(count=count, threshold=threshold)
+
+
+def unlike(verdict: Verdict) -> Verdict:
+    """The verdict without what differs between equal checks: how long it took."""
+    return replace(verdict, timings_ms={})
+
+
+def same(one: Verdict, two: Verdict) -> bool:
+    """Equal but for the time they took; NaN equals NaN."""
+    return repr(unlike(one)) == repr(unlike(two))
+
+
+# the vote
+
+
+SEEN = st.lists(st.sampled_from([-0.5, -1e-9, 0.0, 1e-9, 0.5]), min_size=1, max_size=24)
+
+
+@settings(max_examples=300, deadline=None)
+@given(seen=SEEN, threshold=st.floats(1e-3, 1.0))
+@example(seen=[0.5] * 7 + [-0.5] * 93, threshold=0.07)
+@example(seen=[0.5] * 6 + [-0.5] * 94, threshold=0.07)
+@example(seen=[-0.5] * 8, threshold=1.0)
+@example(seen=[0.5] * 8, threshold=1.0)
+@example(seen=[0.0], threshold=1.0)
+def test_early_exit_never_changes_the_decision(told: Any, seen: list[float], threshold: float) -> None:
+    config = probes(len(seen), threshold)
+    early, whole = Model(lambda _, probe: seen[probe]), Model(lambda _, probe: seen[probe])
+    one = told(early, config).check("a", seed=1)
+    two = told(whole, config, early_exit=False).check("a", seed=1)
+    margins = torch.tensor(seen).reshape(1, -1, 1)
+    truth = reference.vote(margins, torch.ones(1, len(seen), dtype=torch.bool), torch.tensor([config.need]))
+    assert one.blocked == two.blocked == bool(truth[3])
+    assert two.probes == len(seen) and two.score == pytest.approx(float(truth[2]))
+    assert one.margins == two.margins[: one.probes]
+    # no more probes than up to the first place where a chunk ends and the vote is certain
+    hits = [0, *itertools.accumulate(value > 0 for value in seen)]
+    certain = [
+        end
+        for end in (config.need, len(seen) - config.need + 1, len(seen))
+        if hits[end] >= config.need or hits[end] + len(seen) - end < config.need
+    ]
+    assert one.probes == early.evaluated[1] == min(certain)
+    assert [at for _, part in early.calls for at in part] == list(range(one.probes))
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    seen=st.lists(st.sampled_from([-0.5, 0.5, NAN, math.inf, -math.inf]), min_size=1, max_size=12),
+    threshold=st.sampled_from([0.1, 0.25, 0.5, 1.0]),
+    early_exit=st.booleans(),
+)
+def test_what_is_not_finite_blocks_even_where_the_vote_would_pass(
+    told: Any, seen: list[float], threshold: float, early_exit: bool
+) -> None:
+    model = Model(lambda _, probe: seen[probe])
+    verdict = told(model, probes(len(seen), threshold), early_exit=early_exit).check("a", seed=1)
+    if all(math.isfinite(value) for value in seen[: verdict.probes]):
+        assert verdict.reason in (None, "concept")
+    else:
+        assert verdict.blocked and verdict.reason == "non_finite" and verdict.detail is None
+    if not early_exit:
+        assert verdict.probes == len(seen)
+
+
+def test_one_probe_that_is_not_finite_is_enough(told: Any) -> None:
+    seen = [-0.5] * 7 + [NAN]
+    verdict = told(Model(lambda _, probe: seen[probe]), probes(8, 1.0), early_exit=False).check("a")
+    assert verdict.blocked and verdict.reason == "non_finite" and verdict.score == 1 / 8
+
+
+# batches
+
+
+def patterned(request: Request, probe: int) -> float:
+    """Margins by seed: each seed has its own share of hits, one in nine a NaN somewhere."""
+    word = int.from_bytes(hashlib.sha256(f"{request.seed} {probe}".encode()).digest()[:4])
+    if request.seed % 9 == 8 and probe == 3:
+        return NAN
+    return 0.5 if word % 100 < (request.seed * 37) % 100 else -0.5
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    seeds=st.lists(st.integers(0, 40), min_size=1, max_size=30),
+    bad=st.sets(st.integers(0, 29)),
+    count=st.integers(1, 80),
+    threshold=st.sampled_from([0.05, 0.25, 0.5, 1.0]),
+)
+def test_a_row_of_a_batch_is_the_single_check(
+    told: Any, seeds: list[int], bad: set[int], count: int, threshold: float
+) -> None:
+    model = Model(patterned)
+    detector = told(model, probes(count, threshold))
+    prompts = ["\ud800" if row in bad else f"prompt {row}" for row in range(len(seeds))]
+    verdicts = detector.check_batch(prompts, seed=seeds)
+    assert all(len(asked) * len(part) <= max(ROWS, len(part)) for asked, part in model.calls)
+    assert len(verdicts) == len(prompts)
+    for row, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True)):
+        assert same(verdicts[row], detector.check(prompt, seed=seed))
+        assert (verdicts[row].reason == "error") == (row in bad)
+
+
+def test_an_empty_batch_has_no_verdicts(told: Any) -> None:
+    detector = told(Model(patterned), probes(4))
+    assert (
+        detector.check_batch([])
+        == detector.check_batch([], seed=3)
+        == detector.check_batch([], seed=[])
+        == []
+    )
+
+
+def test_one_seed_serves_all_and_many_must_fit(told: Any) -> None:
+    detector = told(Model(patterned), probes(4))
+    assert [verdict.seed for verdict in detector.check_batch(["a", "b"], seed=7)] == [7, 7]
+    assert [verdict.seed for verdict in detector.check_batch(["a", "b"], seed=[7, 2**64 - 1])] == [
+        7,
+        2**64 - 1,
+    ]
+    with pytest.raises(ValueError, match="one for each of the 2 prompts; got 3"):
+        detector.check_batch(["a", "b"], seed=[1, 2, 3])
+    for seed in (-1, 2**64):
+        with pytest.raises(ValueError, match=rf"seed must be a whole number in \[0, 2\*\*64\); got {seed}"):
+            detector.check("a", seed=seed)
+        with pytest.raises(ValueError, match="seed must be"):
+            detector.check_batch(["a", "b"], seed=[1, seed])
+
+
+def test_a_prompt_is_not_a_batch(told: Any) -> None:
+    with pytest.raises(ValueError, match="a list of prompts; got one text; use check"):
+        told(Model(patterned), probes(4)).check_batch("star")
+
+
+def test_secret_seeds_differ_and_repeat_their_verdict(told: Any) -> None:
+    detector = told(Model(patterned), probes(8))
+    verdicts = [detector.check("a") for _ in range(50)] + detector.check_batch(["a"] * 50)
+    seeds = [verdict.seed for verdict in verdicts]
+    assert len(set(seeds)) == 100 and all(0 <= seed < 2**64 for seed in seeds)
+    assert max(seeds) > 2**56 and len({seed >> 60 for seed in seeds}) > 4
+    assert all(same(verdict, detector.check("a", seed=verdict.seed)) for verdict in verdicts)
+
+
+# faults
+
+
+@pytest.mark.parametrize("prompt", ["\ud800", "x" * 32_001, None, 7, b"a star", ["a"]])
+def test_what_is_no_prompt_is_blocked(told: Any, prompt: Any) -> None:
+    model = Model(lambda *_: -0.5)
+    verdict = told(model, probes(4)).check(prompt)
+    assert verdict.blocked and verdict.reason == "error" and verdict.probes == 0 and model.calls == []
+    assert verdict.detail and verdict.detail.split(":")[0] in ("ValueError", "TypeError", "AttributeError")
+
+
+@pytest.mark.parametrize(
+    "fault", [RuntimeError("broken"), MemoryError(), ShapeError("odd"), KeyError("x"), OSError(5, "x")]
+)
+@pytest.mark.parametrize("first", [True, False], ids=["first chunk", "later chunk"])
+def test_an_exception_blocks_what_was_not_decided(told: Any, fault: Exception, first: bool) -> None:
+    # need 2 of 8, chunks [0, 2), [2, 7), [7, 8): seed 0 is decided by the first, seeds 1 and 2 by none
+    def see(request: Request, probe: int) -> float:
+        if probe >= (0 if first else 2) and request.seed == 1:
+            raise fault
+        return 0.5 if request.seed == 0 or (request.seed == 2 and probe == 0) else -0.5
+
+    verdicts = told(Model(see), probes(8)).check_batch(["a", "b", "c"], seed=[0, 1, 2])
+    assert all(verdict.blocked for verdict in verdicts)
+    assert [verdict.reason for verdict in verdicts] == ["error" if first else "concept", "error", "error"]
+    assert verdicts[2].probes == (0 if first else 2)
+    for verdict in verdicts[1:]:
+        assert verdict.detail == f"{type(fault).__name__}: {fault}"
+
+
+def test_a_fault_in_one_run_leaves_the_others(told: Any) -> None:
+    """64 probes fill a run, so that each prompt has runs of its own."""
+
+    def see(request: Request, probe: int) -> float:
+        if request.seed == 1:
+            raise RuntimeError("broken")
+        return -0.5
+
+    verdicts = told(Model(see), probes(64)).check_batch(["a", "b", "c"], seed=[0, 1, 2])
+    assert [verdict.reason for verdict in verdicts] == [None, "error", None]
+
+
+def test_a_row_that_passed_keeps_its_verdict_when_another_breaks(told: Any) -> None:
+    # need 4 of 4: one miss decides; the chunks are [0, 1), [1, 4)
+    def see(request: Request, probe: int) -> float:
+        if probe > 0:
+            raise RuntimeError("broken")
+        return -0.5 if request.seed == 0 else 0.5
+
+    verdicts = told(Model(see), probes(4, 1.0)).check_batch(["a", "b"], seed=[0, 1])
+    assert [verdict.reason for verdict in verdicts] == [None, "error"]
+
+
+class Crooked(Model):
+    """A model whose looks are changed before they are handed back."""
+
+    def __init__(self, change: Callable[[Looks], Any]) -> None:
+        super().__init__(lambda *_: -0.5)
+        self.change = change
+
+    def look(self, *args: Any, **named: Any) -> Any:
+        return self.change(super().look(*args, **named))
+
+
+def short(looks: Looks, **cut: slice) -> Looks:
+    """Looks with some arrays cut along the probes, whatever their class says to it."""
+    for name, part in cut.items():
+        object.__setattr__(looks, name, getattr(looks, name)[:, part])
+    return looks
+
+
+FEWER = slice(0, -1)
+CROOKED = {
+    "fewer probes": lambda looks: short(looks, margins=FEWER, flagged=FEWER, finite=FEWER, images=FEWER),
+    "no probes": lambda looks: short(looks, **dict.fromkeys(["margins", "flagged", "finite"], slice(0, 0))),
+    "fewer flags": lambda looks: short(looks, flagged=FEWER),
+    "no flags": lambda looks: SimpleNamespace(margins=looks.margins, flagged=None, finite=looks.finite),
+    "flags of another row": lambda looks: SimpleNamespace(
+        margins=looks.margins, flagged=looks.flagged[:0], finite=looks.finite
+    ),
+    "nothing": lambda looks: None,
+}
+
+
+@pytest.mark.parametrize("kind", CROOKED)
+def test_a_model_that_hands_back_too_little_never_passes_a_request(told: Any, kind: str) -> None:
+    for early_exit in (True, False):
+        verdict = told(Crooked(CROOKED[kind]), probes(4), early_exit=early_exit).check("a")
+        assert verdict.blocked and verdict.reason == "error"
+
+
+def test_looks_must_agree() -> None:
+    parts = [
+        np.zeros((1, 4, 2), np.float32),
+        np.zeros((1, 4), bool),
+        np.ones((1, 4), bool),
+        np.zeros((1, 4, 3, 1, 1)),
+    ]
+    Looks(*parts)
+    for at in range(4):
+        with pytest.raises(ShapeError, match="looks must agree"):
+            Looks(*parts[:at], parts[at][:, :3], *parts[at + 1 :])
+
+
+@pytest.mark.parametrize("fault", [KeyboardInterrupt, SystemExit])
+def test_an_interrupt_is_not_swallowed_and_leaves_the_detector_usable(
+    told: Any, fault: type[BaseException]
+) -> None:
+    def see(request: Request, probe: int) -> float:
+        if request.seed == 1:
+            raise fault
+        return -0.5
+
+    detector = told(Model(see), probes(4))
+    with pytest.raises(fault):
+        detector.check("a", seed=1)
+    assert not detector.check("a", seed=2).blocked
+
+
+def test_a_closed_detector_says_so(told: Any) -> None:
+    model = Model(lambda *_: -0.5)
+    with told(model, probes(4)) as detector:
+        assert not detector.check("a").blocked
+    detector.close()
+    assert model.closed >= 1
+    for call in (
+        detector.check,
+        lambda text: detector.check_batch([text]),
+        detector.check_image,
+        detector.check_with_images,
+    ):
+        with pytest.raises(SafelightError, match="the detector is closed; open another"):
+            call("a")
+
+
+# time
+
+
+def test_time_that_was_up_before_blocks(told: Any) -> None:
+    def see(request: Request, probe: int) -> float:
+        raise TimeoutError("no time was left")
+
+    verdict = told(Model(see), probes(4), timeout_s=1e-9).check("a")
+    assert verdict.blocked and verdict.reason == "timeout" and verdict.detail == "slower than 1e-09 s"
+
+
+def test_the_deadline_is_handed_down(told: Any) -> None:
+    model = Model(lambda *_: -0.5)
+    before = time.monotonic()
+    told(model, probes(8), timeout_s=50).check("a")
+    assert all(before + 50 <= deadline <= time.monotonic() + 50 for deadline in model.deadlines)
+    model = Model(lambda *_: -0.5)
+    told(model, probes(8)).check("a")
+    assert set(model.deadlines) == {None}
+
+
+def test_time_that_runs_out_between_chunks_blocks_even_what_passed(told: Any) -> None:
+    # need 4 of 4: seed 0 passes by the first chunk, seed 1 needs the second, which is slow; seed 2 is blocked
+    # by then, if its probe is not finite
+    def see(request: Request, probe: int) -> float:
+        if probe == 1:
+            time.sleep(0.15)
+        return -0.5 if request.seed == 0 else NAN if request.seed == 2 else 0.5
+
+    detector = told(Model(see), probes(4, 1.0), timeout_s=0.1)
+    verdicts = detector.check_batch(["a", "b", "c"], seed=[0, 1, 2])
+    assert [verdict.reason for verdict in verdicts] == ["timeout", "concept", "non_finite"]
+    assert all(verdict.blocked for verdict in verdicts)
+
+
+def test_a_slow_last_chunk_is_a_timeout(told: Any) -> None:
+    def see(request: Request, probe: int) -> float:
+        time.sleep(0.03)
+        return -0.5
+
+    verdict = told(Model(see), probes(4, 1.0), timeout_s=0.02).check("a")
+    assert verdict.reason == "timeout" and verdict.blocked
+
+
+def test_later_parts_of_a_batch_do_not_outlive_the_time(told: Any) -> None:
+    def see(request: Request, probe: int) -> float:
+        time.sleep(0.002)
+        return -0.5
+
+    model = Model(see)
+    verdicts = told(model, probes(64), timeout_s=0.05).check_batch(["a"] * 8, seed=list(range(8)))
+    assert {verdict.reason for verdict in verdicts} == {"timeout"} and all(
+        verdict.blocked for verdict in verdicts
+    )
+
+
+def test_a_timeout_of_something_else_is_an_error(told: Any) -> None:
+    def see(request: Request, probe: int) -> float:
+        raise TimeoutError("a file on the network")
+
+    verdict = told(Model(see), probes(4)).check("a")
+    assert verdict.reason == "error" and verdict.detail == "TimeoutError: a file on the network"
+
+
+@pytest.mark.parametrize("timeout_s", [0, -1.0, NAN])
+def test_a_time_limit_is_positive(told: Any, timeout_s: float) -> None:
+    with pytest.raises(ValueError, match="timeout_s must be greater than 0 seconds"):
+        told(Model(patterned), probes(4), timeout_s=timeout_s)
+
+
+# the policy
+
+
+def test_a_policy_may_be_tightened_never_loosened(tiny_bundle: Path) -> None:
+    policy = open_bundle(tiny_bundle).manifest.probe  # 2 of 8 at 0.6
+    for stricter in (
+        policy,
+        replace(policy, count=16),
+        replace(policy, threshold=0.125),
+        replace(policy, kind="circular"),
+    ):
+        with Detector.open(tiny_bundle, probe=stricter, threads=1) as detector:
+            assert detector.probe == stricter
+    for looser in (
+        replace(policy, count=7),
+        replace(policy, threshold=0.26),
+        replace(policy, count=16, threshold=0.3),
+        replace(policy, angle_rad=0.0),
+        replace(policy, angle_rad=1.3),
+    ):
+        with pytest.raises(ValueError, match="a bundle's policy may be tightened, never loosened: "):
+            Detector.open(tiny_bundle, probe=looser)
+
+
+@pytest.mark.parametrize(
+    "named", [{"backend": "cuda"}, {"steps": 0}, {"steps": 5000}, {"threads": 0}, {"timeout_s": 0}]
+)
+def test_settings_out_of_range_are_the_callers_mistake(tiny_bundle: Path, named: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=next(iter(named))):
+        Detector.open(tiny_bundle, **named)
+
+
+# the real graph
+
+
+PROMPTS = [
+    "a red star",
+    "a blue circle on a yellow picture",
+    "",
+    "a green square on red",
+    "photo of the picture",
+    "zzz 123 !",
+    "star star star",
+    "<|endoftext|> a star",
+]
+
+
+@pytest.fixture(scope="module")
+def even(tiny_bundle: Path, tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """The tiny bundle and model with thresholds in the middle of what they see: some requests pass."""
+    shift = 0.0735
+    model = Path(shutil.copytree(tiny_model, tmp_path_factory.mktemp("even") / "model"))
+    file = model / "safety_checker" / "model.safetensors"
+    tensors = load_file(file)
+    tensors["concept_embeds_weights"] += shift
+    save_file(tensors, file, metadata={"format": "pt"})
+    thresholds = tensors["concept_embeds_weights"].float().numpy()
+    folder = Path(shutil.copytree(tiny_bundle, model.with_name("bundle")))
+    for graph in ("detector", "safety_checker"):
+        path = folder / graph / "model.onnx"
+        loaded = onnx.load(path)
+        tensor = next(
+            item for item in loaded.graph.initializer if item.name == "checker.concept_embeds_weights"
+        )
+        tensor.CopyFrom(onnx.numpy_helper.from_array(thresholds, tensor.name))
+        onnx.save(loaded, path)
+    manifest = open_bundle(tiny_bundle).manifest
+    files = {name: entry_of(folder / name) for name in manifest.files}
+    weights = manifest.source.weights | {"safety_checker/model.safetensors": entry_of(file).sha256}
+    replace(manifest, files=files, source=replace(manifest.source, weights=weights)).write(folder)
+    return folder, model
+
+
+def entry_of(path: Path) -> FileEntry:
+    return FileEntry(hashlib.sha256(path.read_bytes()).hexdigest(), path.stat().st_size)
+
+
+@pytest.fixture(scope="module")
+def real(even: tuple[Path, Path]) -> Iterator[Detector]:
+    with Detector.open(even[0], threads=1) as detector:
+        yield detector
+
+
+def test_a_real_batch_equals_single_checks_beside_bad_rows(real: Detector) -> None:
+    prompts = [*PROMPTS[:4], "\udfff", *PROMPTS[4:], "x" * 40_000]
+    seeds = list(range(len(prompts)))
+    verdicts = real.check_batch(prompts, seed=seeds)
+    assert {verdict.reason for verdict in verdicts} == {None, "concept", "error"}
+    for prompt, seed, verdict in zip(prompts, seeds, verdicts, strict=True):
+        alone = real.check(prompt, seed=seed)
+        assert (verdict.reason == "error") == (prompt not in PROMPTS)
+        assert agree(verdict, alone, 1e-4)
+
+
+def agree(one: Verdict, two: Verdict, within: float) -> bool:
+    """Equal decisions on margins within a tolerance; a margin that near to 0 may fall either way."""
+    shared = min(one.probes, two.probes)
+    a, b = (np.asarray(verdict.margins[:shared]) for verdict in (one, two))
+    if shared and np.abs(a - b).max() > within:
+        return False
+    if any(np.abs(np.asarray(verdict.margins or [[1]])).min() <= within for verdict in (one, two)):
+        return True
+    return (one.blocked, one.reason, one.probes) == (two.blocked, two.reason, two.probes)
+
+
+@pytest.mark.parametrize(
+    ("kind", "target"), [("spherical", "prompt"), ("circular", "both"), ("token_shift", "prompt")]
+)
+def test_both_runtimes_say_the_same(even: tuple[Path, Path], kind: str, target: str) -> None:
+    config = ProbeConfig(kind, target, count=8, angle_rad=0.6, threshold=0.25)
+    found = []
+    for name in BACKENDS:
+        model = even[1] if name == "torch" else None
+        with Detector.open(
+            even[0], backend=name, model=model, probe=config, threads=1, early_exit=False
+        ) as detector:
+            found.append(detector.check_batch(PROMPTS, seed=list(range(8))))
+            assert found[-1][0].backend.startswith(name)
+    assert all(agree(one, two, CLOSE) for one, two in zip(*found, strict=True))
+    assert {verdict.reason for verdict in found[0]} == {None, "concept"}
+    clear = [pair for pair in zip(*found, strict=True) if np.abs(pair[0].margins).min() > CLOSE]
+    assert len(clear) >= 3
+    for one, two in zip(*found, strict=True):
+        np.testing.assert_allclose(one.margins, two.margins, atol=CLOSE)
+        assert one.distinct_probes == two.distinct_probes
+
+
+def test_the_same_seed_repeats_a_verdict_and_another_does_not(
+    real: Detector, even: tuple[Path, Path]
+) -> None:
+    first, other = (real.check("a red star", seed=seed) for seed in (3, 4))
+    assert same(first, real.check("a red star", seed=3)) and first.margins[1] != other.margins[1]
+    assert first.seed == 3 and first.bundle == open_bundle(even[0]).manifest.bundle_id
+    with Detector.open(even[0], threads=1) as again:
+        assert same(first, again.check("a red star", seed=3))
+
+
+def test_early_exit_on_the_real_graph(real: Detector, even: tuple[Path, Path]) -> None:
+    with Detector.open(even[0], threads=1, early_exit=False) as whole:
+        for seed, prompt in enumerate(PROMPTS):
+            one, two = (detector.check(prompt, seed=seed) for detector in (real, whole))
+            assert two.probes == 8 and one.probes in (2, 7, 8)
+            np.testing.assert_allclose(one.margins, two.margins[: one.probes], atol=1e-4)
+            if np.abs(two.margins).min() > 1e-4:
+                assert one.blocked == two.blocked
+
+
+def test_text_past_the_window_is_reported(real: Detector) -> None:
+    verdict = real.check("star " * 40, seed=1)
+    assert verdict.truncated_tokens == 10 and real.check("star " * 30, seed=1).truncated_tokens == 0
+    assert same(replace(verdict, truncated_tokens=0), real.check("star " * 30, seed=1))
+
+
+def test_pictures_of_the_probes(real: Detector) -> None:
+    for seed, prompt in enumerate(PROMPTS[:3]):
+        verdict, pictures = real.check_with_images(prompt, seed=seed)
+        assert pictures.shape == (verdict.probes, 3, 64, 64) and pictures.dtype == np.float32
+        assert pictures.min() >= 0 and pictures.max() <= 1 and np.ptp(pictures) > 0.1
+        assert same(verdict, real.check(prompt, seed=seed))
+    verdict, pictures = real.check_with_images("\ud800")
+    assert verdict.reason == "error" and len(pictures) == 0
+
+
+def test_a_long_run_of_the_real_graph_is_stopped(tiny_bundle: Path) -> None:
+    """512 probes take many seconds; the check returns soon after its time, and the detector lives on."""
+    with Detector.open(
+        tiny_bundle, probe=probes(512), timeout_s=0.4, early_exit=False, threads=1
+    ) as detector:
+        for _ in range(2):
+            start = time.monotonic()
+            verdict = detector.check("a red star", seed=1)
+            assert time.monotonic() - start < 3
+            assert verdict.blocked and verdict.reason == "timeout" and verdict.detail == "slower than 0.4 s"
+    with Detector.open(tiny_bundle, probe=probes(64), timeout_s=1e-6, threads=1) as detector:
+        assert detector.check("a red star").reason == "timeout"
+    with Detector.open(tiny_bundle, timeout_s=math.inf, threads=1) as detector:
+        assert detector.check("a red star").reason == "concept"
+
+
+def test_threads_share_a_detector(real: Detector) -> None:
+    alone = {seed: real.check(PROMPTS[seed % 8], seed=seed) for seed in range(8)}
+    wrong: list[Any] = []
+
+    def work(thread: int) -> None:
+        try:
+            for turn in range(7):
+                seed = (thread + turn) % 8
+                verdict = real.check(PROMPTS[seed], seed=seed)
+                if not same(verdict, alone[seed]):
+                    wrong.append((thread, turn, verdict, alone[seed]))
+        except Exception as fault:
+            wrong.append(fault)
+
+    workers = [threading.Thread(target=work, args=(thread,)) for thread in range(8)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert wrong == []
+
+
+def test_crops_is_the_same_detector_with_the_full_model_inside(even: tuple[Path, Path]) -> None:
+    with Detector.open(even[0], steps=2, threads=1) as crops:
+        assert type(crops) is Detector
+        verdicts = crops.check_batch(PROMPTS[:3], seed=[0, 1, 2])
+        for prompt, seed, verdict in zip(PROMPTS, range(3), verdicts, strict=False):
+            assert verdict.reason in (None, "concept") and verdict.probes in (2, 7, 8)
+            assert agree(verdict, crops.check(prompt, seed=seed), CLOSE)
+        shown, pictures = crops.check_with_images(PROMPTS[0], seed=0)
+        assert pictures.shape == (shown.probes, 3, 64, 64)
+    with Detector.open(even[0], threads=1) as one_step:
+        assert one_step.check(PROMPTS[0], seed=0).margins[0] != verdicts[0].margins[0]
+    model = even[1]
+    with Detector.open(even[0], steps=2, threads=1, backend="torch", model=model) as crops:
+        assert agree(crops.check(PROMPTS[0], seed=0), verdicts[0], CLOSE)
+
+
+def test_a_part_of_the_full_model_that_is_not_finite_blocks(tiny_bundle: Path) -> None:
+    """An infinity anywhere, even one that clipping would turn into white."""
+    for graph, name, value in (
+        ("vae_decoder", "sample", math.inf),
+        ("unet", "out_sample", NAN),
+        ("text_encoder", "last_hidden_state", -math.inf),
+        ("safety_checker", "margins", NAN),
+    ):
+        opened = open_bundle(tiny_bundle)
+        backend = Spoiled(open_backend("onnxruntime", opened, threads=1), graph, name, value)
+        with Detector(opened, backend, probes(2, 1.0), steps=2) as crops:
+            backend.spoils = True
+            verdict = crops.check("a red star", seed=1)
+        assert verdict.blocked and verdict.reason == "non_finite", graph
+
+
+class Spoiled:
+    """A backend one of whose outputs holds a value that is not finite, in its last row."""
+
+    def __init__(self, backend: Any, graph: str, name: str, value: float) -> None:
+        self.backend, self.graph, self.name, self.value = backend, graph, name, value
+        self.spoils = False
+
+    def stage(self, graph: str) -> Any:
+        stage = self.backend.stage(graph)
+        if graph != self.graph:
+            return stage
+
+        def run(inputs: Any, **named: Any) -> Any:
+            found = stage.run(inputs, **named)
+            if self.spoils:
+                found[self.name][-1].flat[0] = self.value
+            return found
+
+        return SimpleNamespace(
+            spec=stage.spec, device=stage.device, plan=stage.plan, run=run, close=stage.close
+        )
+
+
+class Leaky(Model):
+    """A model that keeps a megabyte of every look."""
+
+    kept: list[np.ndarray] = []
+
+    def look(self, *args: Any, **named: Any) -> Looks:
+        self.kept.append(np.ones(1 << 17))
+        return super().look(*args, **named)
+
+
+def growth(check: Callable[[int], Any], times: int) -> int:
+    """Bytes by which the process grows over that many checks, once warm."""
+    process = psutil.Process()
+    for seed in range(20):
+        check(seed)
+    gc.collect()
+    before = process.memory_info().rss
+    for seed in range(times):
+        check(seed)
+    gc.collect()
+    return process.memory_info().rss - before
+
+
+def test_300_checks_do_not_grow_the_process(bundle: Bundle, told: Any) -> None:
+    limit = 24 << 20
+    with Detector(
+        bundle, open_backend("onnxruntime", bundle, threads=1), probes(1), timeout_s=60
+    ) as detector:
+        assert growth(lambda seed: detector.check(PROMPTS[seed % 8], seed=seed), 300) < limit
+    leaky = told(Leaky(patterned), probes(1))
+    try:
+        assert growth(lambda seed: leaky.check("a", seed=seed), 60) > limit
+    finally:
+        Leaky.kept.clear()
