@@ -129,6 +129,8 @@ class Detector:
         """Verdicts on several prompts, each what `check` says with the same seed. One seed serves all, or one
         each.
         """
+        if isinstance(prompts, str):
+            raise ValueError("check_batch takes a list of prompts; got one text; use check")
         return [tally_and_verdict[1] for tally_and_verdict in self._checked(prompts, seed, keep_images=False)]
 
     def check_with_images(self, prompt: str, *, seed: int | None = None) -> tuple[Verdict, Pictures]:

@@ -7,7 +7,6 @@ Graphs are made one by one, each freed before the next. Knows no layer of any ne
 import gc
 import math
 import shutil
-import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +17,7 @@ from safelight.engine.eager import Preprocessing, load_graph
 from safelight.engine.model_folder import ModelFolder
 from safelight.errors import BundleError, ExportError
 from safelight.export.graphs import OPSET, Sizes, signature, trace
+from safelight.export.new_folder import new_folder
 from safelight.export.verify import compare
 from safelight.export.weights import check_finite, round_to_half, save, store_as_half
 from safelight.manifest import (
@@ -65,12 +65,7 @@ def export_bundle(
         raise ValueError(f"precision must be one of {PRECISIONS}; got {precision!r}")
     folder = ModelFolder.open(model)
     scale = _guidance_scale(folder, guidance_scale)
-    bundle = bundle.absolute()
-    if bundle.exists() and not (bundle.is_dir() and not any(bundle.iterdir())):
-        raise ExportError(f"{bundle} exists and is not an empty folder; name a new one")
-    bundle.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{bundle.name}.", dir=bundle.parent))
-    try:
+    with new_folder(bundle) as partial:
         draft = _write(folder, partial, precision, scale, progress)
         rows = []
         for row in compare(Bundle(partial, draft), folder):
@@ -79,12 +74,6 @@ def export_bundle(
             rows.append(row)
         replace(draft, verification=tuple(rows)).write(partial)
         manifest = Manifest.load(partial, verify="sizes")
-        if bundle.exists():
-            bundle.rmdir()
-        partial.chmod(0o755)
-        partial.rename(bundle)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     return manifest
 
 

@@ -8,7 +8,6 @@ concept.
 
 import json
 import shutil
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from safelight.errors import ExportError
+from safelight.export.new_folder import new_folder
 from safelight.export.vocabulary import write_tokenizer
 
 _MEAN, _STD = [0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]
@@ -209,18 +208,8 @@ def synth(name: str, folder: Path, *, seed: int = 0) -> Path:
     """
     if name not in ARCHITECTURES:
         raise ValueError(f"architecture must be one of {sorted(ARCHITECTURES)}; got {name!r}")
-    if folder.exists() and any(folder.iterdir()):
-        raise ExportError(f"{folder} is not empty; name a new folder")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-    try:
+    with new_folder(folder) as partial:
         _write(name, ARCHITECTURES[name], partial, seed)
-        if folder.exists():
-            folder.rmdir()
-        partial.chmod(0o755)
-        partial.rename(folder)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     return folder
 
 

@@ -8,6 +8,7 @@ import gc
 import hashlib
 import itertools
 import math
+import mmap
 import runpy
 import shutil
 import threading
@@ -240,7 +241,7 @@ def test_one_seed_serves_all_and_many_must_fit(told: Any) -> None:
 
 
 def test_a_prompt_is_not_a_batch(told: Any) -> None:
-    with pytest.raises(ValueError, match="a list of prompts; got one text; use check"):
+    with pytest.raises(ValueError, match="takes a list of prompts; got one text; use check"):
         told(Model(patterned), probes(4)).check_batch("star")
 
 
@@ -577,9 +578,9 @@ def test_both_runtimes_say_the_same(even: tuple[Path, Path], kind: str, target: 
             found.append(detector.check_batch(PROMPTS, seed=list(range(8))))
             assert found[-1][0].backend.startswith(name)
     assert all(agree(one, two, CLOSE) for one, two in zip(*found, strict=True))
-    assert {verdict.reason for verdict in found[0]} == {None, "concept"}
-    clear = [pair for pair in zip(*found, strict=True) if np.abs(pair[0].margins).min() > CLOSE]
-    assert len(clear) >= 3
+    flagged = {bool(max(margins) > 0) for verdict in found[0] for margins in verdict.margins}
+    assert flagged == {True, False}
+    assert any(np.abs(verdict.margins).min() > CLOSE for verdict in found[0])
     for one, two in zip(*found, strict=True):
         np.testing.assert_allclose(one.margins, two.margins, atol=CLOSE)
         assert one.distinct_probes == two.distinct_probes
@@ -675,6 +676,7 @@ def test_crops_is_the_same_detector_with_the_full_model_inside(even: tuple[Path,
         assert agree(crops.check(PROMPTS[0], seed=0), verdicts[0], CLOSE)
 
 
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
 def test_a_part_of_the_full_model_that_is_not_finite_blocks(tiny_bundle: Path) -> None:
     """An infinity anywhere, even one that clipping would turn into white."""
     for graph, name, value in (
@@ -715,12 +717,15 @@ class Spoiled:
 
 
 class Leaky(Model):
-    """A model that keeps a megabyte of every look."""
+    """A model that keeps 100 kB of every look, in pages of their own."""
 
-    kept: list[np.ndarray] = []
+    def __init__(self) -> None:
+        super().__init__(patterned)
+        self.kept: list[mmap.mmap] = []
 
     def look(self, *args: Any, **named: Any) -> Looks:
-        self.kept.append(np.ones(1 << 17))
+        self.kept.append(mmap.mmap(-1, 100_000))
+        self.kept[-1].write(bytes(100_000))
         return super().look(*args, **named)
 
 
@@ -738,13 +743,11 @@ def growth(check: Callable[[int], Any], times: int) -> int:
 
 
 def test_300_checks_do_not_grow_the_process(bundle: Bundle, told: Any) -> None:
-    limit = 24 << 20
+    limit = 10 << 20
     with Detector(
         bundle, open_backend("onnxruntime", bundle, threads=1), probes(1), timeout_s=60
     ) as detector:
-        assert growth(lambda seed: detector.check(PROMPTS[seed % 8], seed=seed), 300) < limit
-    leaky = told(Leaky(patterned), probes(1))
-    try:
-        assert growth(lambda seed: leaky.check("a", seed=seed), 60) > limit
-    finally:
-        Leaky.kept.clear()
+        grown = growth(lambda seed: detector.check(PROMPTS[seed % 8], seed=seed), 300)
+    leaky = told(Leaky(), probes(1))
+    leaked = growth(lambda seed: leaky.check("a", seed=seed), 300)
+    assert grown < limit < leaked

@@ -292,7 +292,7 @@ def test_an_unknown_name_is_refused_with_the_known_ones(tmp_path):
 def test_a_folder_that_is_not_empty_is_left_alone(tmp_path):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "file").write_text("kept")
-    with pytest.raises(ExportError, match=r"mine is not empty; name a new folder"):
+    with pytest.raises(ExportError, match=r"mine exists and is not an empty folder; name a new one"):
         synth("tiny-sd", tmp_path / "mine")
     assert digests(tmp_path) == {"mine/file": hashlib.sha256(b"kept").hexdigest()}
 

@@ -106,3 +106,16 @@ def bench_startup(bundle: str, repeats: int, out: Path) -> None:
     from safelight.bench.startup import measure
 
     _report(measure(bundle, repeats=repeats), out / "startup.csv")
+
+
+@bench.command("export")
+@click.argument("name")
+@click.option(
+    "--work", type=click.Path(path_type=Path), help="Folder for the models that are made and removed."
+)
+@OUT
+def bench_export(name: str, work: Path | None, out: Path) -> None:
+    """Seconds and peak memory of exporting the architecture NAME with random weights."""
+    from safelight.bench.export import measure
+
+    _report(measure(name, work=work), out / "export.csv")
