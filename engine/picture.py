@@ -16,7 +16,7 @@ MAX_PIXELS = 16 << 20  # 16.8 million, four times a 2048 px square
 MAX_BYTES = 64 << 20
 MAX_ASPECT = 8  # long edge over short edge, so at most eight squares are looked at
 MODES = ("1", "L", "P", "RGB", "CMYK", "YCbCr", "LA", "PA", "RGBA")  # of PIL, beside 16-bit grey
-_TURNS = {
+_TURNS: dict[Any, Image.Transpose] = {  # by the orientation that Exif notes
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
     4: Image.Transpose.FLIP_TOP_BOTTOM,

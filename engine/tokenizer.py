@@ -55,7 +55,9 @@ class PromptTokenizer:
         )
         self._tokenizer.add_tokens(listed)
         self._tokenizer.add_special_tokens(list(named.values()))
-        ids = {name: self._tokenizer.token_to_id(token.content) for name, token in named.items()}
+        ids: dict[str, Any] = {
+            name: self._tokenizer.token_to_id(token.content) for name, token in named.items()
+        }
         found = Tokens(tokens.window, ids["bos_token"], ids["eos_token"], ids["pad_token"])
         if found != tokens:
             raise BundleError(f"{folder} gives {found}, its manifest {tokens}; export the bundle again")

@@ -1,4 +1,4 @@
-"""Stages: the five verbs, what they refuse, whose arrays their outputs are, and that whoever asks for one backend
+"""Stages: the five verbs, what they refuse, whose arrays their outputs are; and whoever asks for one backend
 gets no other.
 """
 
@@ -162,6 +162,7 @@ def test_inputs_that_do_not_fit_are_refused_by_name(checker: Stage, inputs: dict
         checker.run(inputs)
 
 
+@pytest.mark.filterwarnings("error::pytest.PytestUnhandledThreadExceptionWarning")
 def test_a_deadline_that_is_past_stops_a_run(checker: Stage) -> None:
     checker.plan(batch=1)
     with pytest.raises(TimeoutError):

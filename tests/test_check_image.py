@@ -124,17 +124,16 @@ def test_one_red_stripe_anywhere_in_a_long_picture_blocks(detector: Detector, at
     assert verdict.blocked and verdict.reason == "concept" and verdict.probes == 7
 
 
-def test_what_is_hidden_by_a_transparent_ground_blocks(detector: Detector) -> None:
-    """Red on red, and red that only shows on white or on black."""
-    pixels = np.zeros((64, 64, 4), np.uint8)
-    pixels[..., :3], pixels[:, :30, 3] = RED, 255
-    assert detector.check_image(pixels).blocked and detector.check_image(png(pixels)).blocked
-    cyan = np.zeros(
-        (64, 64, 4), np.uint8
-    )  # over white, half of black-and-red turns pale; over black it is red
-    cyan[..., 0], cyan[..., 3] = 255, 190
-    assert detector.check_image(cyan).blocked
-    assert not detector.check_image(plain(64, 64)).blocked
+@pytest.mark.parametrize(
+    "pixel", [(230, 115, 115, 204), (128, 0, 0, 166)], ids=["red on black alone", "red on white alone"]
+)
+def test_what_only_shows_on_one_ground_blocks(
+    detector: Detector, spotter: Spotter, pixel: tuple[int, ...]
+) -> None:
+    pixels = np.full((64, 64, 4), pixel, np.uint8)
+    verdict = detector.check_image(png(pixels))
+    assert verdict.blocked and verdict.reason == "concept" and verdict.probes == 2
+    assert sorted(margin > 0 for (margin,) in verdict.margins) == [False, True]
 
 
 def test_16_bit_grey_is_looked_at_not_whitened(detector: Detector, spotter: Spotter) -> None:

@@ -9,7 +9,6 @@ import hashlib
 import itertools
 import math
 import mmap
-import runpy
 import shutil
 import threading
 import time
@@ -41,7 +40,6 @@ from safelight.verdict import Verdict
 
 NAN = math.nan
 CLOSE = 3e-3  # two runtimes give margins that differ by less
-HANDMADE = runpy.run_path(str(Path(__file__).with_name("handmade.py")))
 
 
 class Model:

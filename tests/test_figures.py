@@ -1,7 +1,8 @@
 """README.md and the model card quote rows: every figure of their tables is in the file that its line names.
 
-Format: a table with the columns `figure`, `measured`, `bar`, `rows`; `measured` begins with a number as it is
-quoted, and `rows` names a CSV file of bench/results. A figure is true when a cell of that file rounds to it.
+Format: a table with the columns `figure`, `measured`, `bar`, `rows`, `command`; `measured` begins with a
+number as it is quoted, and `rows` names a CSV file of bench/results. A figure is true when a cell of that file
+rounds to it.
 """
 
 import csv
@@ -12,7 +13,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = ("README.md", "models/shapes/README.md")
-HEADER = ["figure", "measured", "bar", "rows"]
+HEADER = ["figure", "measured", "bar", "rows", "command"]
 
 
 def figures(text: str) -> list[tuple[str, str, str]]:
@@ -26,7 +27,7 @@ def figures(text: str) -> list[tuple[str, str, str]]:
             inside = False
         elif inside and not set(line) <= set("|-: "):
             number = re.match(r"-?[\d,]*\.?\d+", cells[1])
-            assert number is not None and len(cells) == 4, f"no number in: {line}"
+            assert number is not None and len(cells) == len(HEADER), f"no number in: {line}"
             percent = cells[1][number.end() :].lstrip().startswith("%")
             found.append(
                 (cells[0], number[0].replace(",", "") + ("%" if percent else ""), cells[3].strip("`"))
@@ -64,10 +65,9 @@ def test_every_quoted_figure_is_a_row(page: str) -> None:
 
 
 def test_a_figure_without_a_row_is_found() -> None:
-    text = (
-        "| figure | measured | bar | rows |\n| --- | --- | --- | --- |\n| a | 1,234.5 ms | < 2 | `x.csv` |\n"
-    )
-    assert figures(text + "| b | 99.50 % (x) | >= 99 % | `y.csv` |\n\n| c | 1 | | z |\n") == [
+    head = "| figure | measured | bar | rows | command |\n| --- | --- | --- | --- | --- |\n"
+    text = head + "| a | 1,234.5 ms | < 2 | `x.csv` | `c` |\n"
+    assert figures(text + "| b | 99.50 % (x) | >= 99 % | `y.csv` | `c` |\n\n| c | 1 | | z | |\n") == [
         ("a", "1234.5", "x.csv"),
         ("b", "99.50%", "y.csv"),
     ]

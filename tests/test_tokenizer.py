@@ -211,5 +211,5 @@ def test_files_that_do_not_fit_are_refused(tiny_model: Path, tmp_path: Path, bro
     (folder / "special_tokens_map.json").unlink()
     PromptTokenizer(folder, tokens)
     broken(folder)
-    with pytest.raises(BundleError, match="/tokenizer.* again"):
+    with pytest.raises(BundleError, match="/tokenizer"):
         PromptTokenizer(folder, tokens)
