@@ -25,42 +25,11 @@ class PromptTokenizer:
     """Text to a window of ids."""
 
     def __init__(self, folder: Path, tokens: Tokens) -> None:
-        """`folder` holds vocab.json, merges.txt and tokenizer_config.json. Raises BundleError where they do
-        not fit.
-        """
-        self._tokens = tokens
-        try:
-            named, listed = _special_tokens(folder)
-            model = models.BPE.from_file(
-                str(folder / "vocab.json"),
-                str(folder / "merges.txt"),
-                continuing_subword_prefix="",
-                end_of_word_suffix="</w>",
-                fuse_unk=False,
-                unk_token=named["unk_token"].content,
-            )
-        except BundleError:
-            raise
-        except Exception as fault:  # tokenizers raises bare Exceptions
-            raise BundleError(
-                f"{folder}: the vocabulary cannot be read ({fault}); export it again"
-            ) from fault
-        self._tokenizer: Any = Tokenizer(model)
-        self._tokenizer.normalizer = normalizers.Sequence(
-            [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()]
-        )
-        split = pre_tokenizers.Split(Regex(_WORDS), behavior="removed", invert=True)
-        self._tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-            [split, pre_tokenizers.ByteLevel(add_prefix_space=False)]
-        )
-        self._tokenizer.add_tokens(listed)
-        self._tokenizer.add_special_tokens(list(named.values()))
-        ids: dict[str, Any] = {
-            name: self._tokenizer.token_to_id(token.content) for name, token in named.items()
-        }
-        found = Tokens(tokens.window, ids["bos_token"], ids["eos_token"], ids["pad_token"])
+        """`folder` as for `read_tokenizer`. Raises BundleError where it does not fit `tokens`."""
+        self._tokenizer, found = read_tokenizer(folder, tokens.window)
         if found != tokens:
             raise BundleError(f"{folder} gives {found}, its manifest {tokens}; export the bundle again")
+        self._tokens = tokens
 
     def encode(self, text: str) -> tuple[NDArray[np.int64], int]:
         """Ids int64 (L,), begun, ended and filled up to the window, and how many tokens did not fit.
@@ -81,6 +50,43 @@ class PromptTokenizer:
         ids = np.full(self._tokens.window, self._tokens.pad, dtype=np.int64)
         ids[: len(kept) + 2] = [self._tokens.bos, *kept, self._tokens.eos]
         return ids, len(found) - len(kept)
+
+
+def read_tokenizer(folder: Path, window: int) -> tuple[Any, Tokens]:
+    """The tokenizer of vocab.json, merges.txt and tokenizer_config.json, and the ids of its special tokens.
+
+    Raises BundleError where a file is missing or they do not fit each other.
+    """
+    try:
+        named, listed = _special_tokens(folder)
+        model = models.BPE.from_file(
+            str(folder / "vocab.json"),
+            str(folder / "merges.txt"),
+            continuing_subword_prefix="",
+            end_of_word_suffix="</w>",
+            fuse_unk=False,
+            unk_token=named["unk_token"].content,
+        )
+    except BundleError:
+        raise
+    except Exception as fault:  # tokenizers raises bare Exceptions
+        raise BundleError(f"{folder}: the vocabulary cannot be read ({fault}); save it again") from fault
+    tokenizer: Any = Tokenizer(model)
+    tokenizer.normalizer = normalizers.Sequence(
+        [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()]
+    )
+    split = pre_tokenizers.Split(Regex(_WORDS), behavior="removed", invert=True)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [split, pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    tokenizer.add_tokens(listed)
+    ids: dict[str, Any] = {name: tokenizer.token_to_id(token.content) for name, token in named.items()}
+    for name, value in ids.items():
+        if value is None:
+            text = named[name].content
+            raise BundleError(f"{folder / 'vocab.json'} lacks the {name} {text!r}; save the tokenizer again")
+    tokenizer.add_special_tokens(list(named.values()))
+    return tokenizer, Tokens(window, ids["bos_token"], ids["eos_token"], ids["pad_token"])
 
 
 def _special_tokens(folder: Path) -> tuple[dict[str, AddedToken], list[AddedToken]]:

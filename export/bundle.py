@@ -7,7 +7,7 @@ Graphs are made one by one, each freed before the next. Knows no layer of any ne
 import gc
 import math
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,6 +15,7 @@ from safelight.containment import digest, list_files, read_json
 from safelight.engine.bundle import SHIPPED, Bundle
 from safelight.engine.eager import Preprocessing, load_graph
 from safelight.engine.model_folder import ModelFolder
+from safelight.engine.tokenizer import read_tokenizer
 from safelight.errors import BundleError, ExportError
 from safelight.export.graphs import OPSET, Sizes, signature, trace
 from safelight.export.new_folder import new_folder
@@ -37,7 +38,6 @@ from safelight.models.shapes import MODEL_FOLDER
 
 GUIDANCE_SCALE = 7.5  # diffusers' default; 1 is no guidance, for models that are distilled from it
 _OPTIONAL_FILES = ("tokenizer/special_tokens_map.json",)
-_SPECIAL_TOKENS = {"bos_token": "<|startoftext|>", "eos_token": "<|endoftext|>", "pad_token": "<|endoftext|>"}
 
 Progress = Callable[[str], None]
 
@@ -174,19 +174,9 @@ def _guidance_scale(folder: ModelFolder, asked: float | None) -> float:
 def _tokens(folder: ModelFolder) -> Tokens:
     """The window and the special tokens, by the tokenizer's files. Raises BundleError where one is absent."""
     place = folder.path / "tokenizer"
-    config, ids = read_json(place / "tokenizer_config.json"), dict(read_json(place / "vocab.json"))
-    for number, added in config.get("added_tokens_decoder", {}).items():
-        ids.setdefault(added["content"], int(number))
-    found = {}
-    for name, usual in _SPECIAL_TOKENS.items():
-        token = config.get(name) or usual
-        text = token["content"] if isinstance(token, Mapping) else token
-        if text not in ids:
-            raise BundleError(f"{place / 'vocab.json'} lacks the {name} {text!r}; save the tokenizer again")
-        found[name] = int(ids[text])
     longest = int(folder.config("text_encoder")["max_position_embeddings"])
-    window = min(int(config.get("model_max_length") or longest), longest)
-    return Tokens(window, found["bos_token"], found["eos_token"], found["pad_token"])
+    window = min(int(read_json(place / "tokenizer_config.json").get("model_max_length") or longest), longest)
+    return read_tokenizer(place, window)[1]
 
 
 def _checker(folder: ModelFolder, sizes: Sizes) -> Checker:

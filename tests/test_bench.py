@@ -1,4 +1,4 @@
-"""The measurements measure what they say: the same probes for all, errors against the reference, a row each."""
+"""The measurements measure what they say: the same probes for all, and the error against the reference."""
 
 import json
 import time
