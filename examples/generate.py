@@ -12,7 +12,8 @@ def main(prompt: str = "a blue heart next to a white square", path: str = "heart
     with Generator.open("shapes") as generator:
         made = generator.generate(prompt, steps=25, guidance_scale=3.0, seed=1)
     if made.image is None:
-        raise SystemExit(f"blocked: {made.verdict.reason or made.image_verdict.reason}")
+        blocked = made.image_verdict or made.verdict
+        raise SystemExit(f"blocked: {blocked.reason}")
     Image.fromarray(made.image).save(path)
     print(f"{prompt!r} is in {path}")
 
