@@ -259,7 +259,11 @@ def test_a_target_that_holds_something_is_left_alone(tiny_model: Path, tmp_path:
     [
         ("model_index.json", {"safety_checker": [None, None]}, "names no safety_checker, and nothing runs"),
         ("model_index.json", {"_class_name": "StableDiffusionXLPipeline"}, "SDXL class .* are not supported"),
-        ("tokenizer/tokenizer_config.json", {"eos_token": "<end>"}, "vocab.json lacks the eos_token '<end>'"),
+        (
+            "tokenizer/special_tokens_map.json",
+            {"eos_token": "<end>"},
+            "vocab.json lacks the eos_token '<end>'",
+        ),
         ("safety_checker/config.json", {"concept_names": ["a star"]}, "concept_names must be 17 names; got"),
         ("unet/config.json", {"cross_attention_dim": 96}, "cross_attention_dim must be 64; got 96"),
         (
