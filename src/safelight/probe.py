@@ -80,7 +80,8 @@ class ProbeConfig:
 
         Strictness is the number of probes (no fewer), the share that blocks (no larger) and, for kinds that
         have one, the angle (half to twice the policy's: outside it nothing was calibrated, and at 0 nothing
-        is probed).
+        is probed). Kinds and targets are not ordered: a caller who chooses another one answers for it, and
+        `Verdict.distinct_probes` says how many probes it was worth.
         """
         if self.count < policy.count:
             return f"count {self.count} is below the bundle's {policy.count}"

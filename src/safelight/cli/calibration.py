@@ -29,6 +29,7 @@ ROTATED = ("tokens", "tokens+eos", "tokens+eos+pad")
 @click.option("--rotate", type=click.Choice(ROTATED), help="Tokens that a prompt probe turns.")
 @click.option("--threads", type=click.IntRange(1), help="Processor threads.  [default: all]")
 @click.option("--plot", type=FILE, help="A PNG file for the curve.")
+@click.option("--csv", "table", type=FILE, help="A CSV file for every measured rate, with its interval.")
 def calibrate(bundle: Path, **options: Any) -> None:
     """Set angle and threshold of BUNDLE to a false-positive rate, and write both with their curve into its
     manifest.
@@ -69,6 +70,8 @@ def calibrate(bundle: Path, **options: Any) -> None:
     made.manifest.write(opened.folder)
     if options["plot"] is not None:
         calibration.plot(made, points, options["plot"])
+    if options["table"] is not None:
+        _write_table(options["table"], made.manifest.calibration or {})
     probe, figures = made.manifest.probe, made.manifest.calibration or {}
     click.echo(
         f"{probe.kind} {probe.target} probes, {probe.angle_rad:g} rad, {probe.need} of {probe.count} block"
@@ -76,6 +79,26 @@ def calibrate(bundle: Path, **options: Any) -> None:
     for name, row in {"tuning prompts": figures["tune"], **figures["held_out"]}.items():
         click.echo(_line(name, row))
     click.echo(f"safelight: written to {opened.folder / MANIFEST}", err=True)
+
+
+def _write_table(path: Path, figures: dict[str, Any]) -> None:
+    import csv
+
+    from safelight.provenance import commit
+
+    named = [("tuning prompts", figures["tune"]), *figures["held_out"].items()]
+    named += [("tuning prompts, curve", row) for row in figures["curve"]]
+    rates = [f"{name}{part}" for name in ("fpr", "tpr") for part in ("", "_hits", "_prompts", "_95")]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", encoding="utf-8", newline="") as file:
+        out = csv.writer(file, lineterminator="\n")
+        out.writerow(["prompts", "angle_rad", "need", "count", *rates, "commit"])
+        for name, row in named:
+            cells = [
+                " to ".join(f"{end:.4f}" for end in row[rate]) if rate.endswith("95") else row[rate]
+                for rate in rates
+            ]
+            out.writerow([name, row["angle_rad"], row["need"], row["count"], *cells, commit()])
 
 
 def _line(name: str, row: dict[str, Any]) -> str:
