@@ -93,7 +93,7 @@ def _rows(bundle: Bundle, model: Path, *, threads: int, repeats: int) -> list[Ro
 def _contenders(bundle: Bundle, model: Path, count: int, threads: int) -> list[Contender]:
     """Ours, eager, diffusers, and ours as it is served, with early exit."""
     torch.set_num_threads(threads)
-    probe = replace(bundle.manifest.probe, count=count, threshold=min(1.0, bundle.manifest.probe.threshold))
+    probe = replace(bundle.manifest.probe, count=count)
 
     def opened(backend: str, folder: Path | None, *, early_exit: bool) -> Detector:
         runtime = open_backend(backend, bundle, model=folder, threads=threads)

@@ -19,17 +19,15 @@ class Bundle:
     folder: Path
     manifest: Manifest
 
-    def file(self, name: str) -> Path:
-        """The path of a file by its name in the manifest."""
-        return self.folder / name
-
     def graph(self, name: str) -> Path:
         """The path of a graph's ONNX file."""
         return self.folder / self.manifest.graphs[name].path
 
 
-def open_bundle(name: str | Path) -> Bundle:
-    """Find and check a bundle: `shapes`, or the path of a folder. Raises BundleError."""
+def open_bundle(name: str | Path | Bundle) -> Bundle:
+    """Find and check a bundle, `shapes` or a folder; an opened one stays as it is. Raises BundleError."""
+    if isinstance(name, Bundle):
+        return name
     shipped = str(name) == SHIPPED
     folder = BUNDLE_FOLDER if shipped else Path(name)
     return Bundle(folder, Manifest.load(folder, installed=shipped))

@@ -29,7 +29,7 @@ from safelight.kernels.philox import split_seed
 from safelight.probe import ProbeConfig
 from safelight.verdict import Verdict
 
-ROWS = 64  # probes in one run of the model; a longer batch is cut between requests
+ROWS = 64  # probes in one run of the model at latents of 8 x 8; of larger ones fewer, in proportion
 
 
 class ProbeModel(Protocol):
@@ -82,6 +82,8 @@ class Detector:
             if steps == 1
             else FullModel(backend, manifest, probe, self._tokenizer, steps=steps)
         )
+        _, height, width = manifest.picture.latents
+        self._rows = max(1, ROWS * 64 // (height * width))
         self._pictures: ImageProbes | None = None
         self._closed = False
         self._lock = threading.Lock()
@@ -89,11 +91,11 @@ class Detector:
     @classmethod
     def open(
         cls,
-        bundle: str | Path = "shapes",
+        bundle: str | Path | Bundle = "shapes",
         *,
         backend: str = "onnxruntime",
         probe: ProbeConfig | None = None,
-        steps: int = 1,
+        steps: int | None = None,
         model: str | Path | None = None,
         threads: int | None = None,
         timeout_s: float | None = None,
@@ -108,11 +110,23 @@ class Detector:
         BackendUnavailable, and ValueError for settings out of range.
         """
         opened = open_bundle(bundle)
+        if steps in (None, 1) and not opened.manifest.distilled:
+            raise ValueError(
+                f"{opened.folder} holds no one-step model, so one step would show the checker a blur; give "
+                "steps, such as 25, to probe with the full model"
+            )
         policy = opened.manifest.probe
         if probe is not None and (why := probe.looser_than(policy)):
             raise ValueError(f"a bundle's policy may be tightened, never loosened: {why}")
         runtime = open_backend(backend, opened, model=None if model is None else Path(model), threads=threads)
-        return cls(opened, runtime, probe or policy, steps=steps, timeout_s=timeout_s, early_exit=early_exit)
+        return cls(
+            opened, runtime, probe or policy, steps=steps or 1, timeout_s=timeout_s, early_exit=early_exit
+        )
+
+    @property
+    def bundle_id(self) -> str:
+        """Which bundle the verdicts are of."""
+        return self.bundle.manifest.bundle_id
 
     def check(self, prompt: str, *, seed: int | None = None) -> Verdict:
         """The verdict on a prompt. `seed`, in [0, 2**64), repeats it and lets an attacker predict it; None
@@ -148,7 +162,8 @@ class Detector:
 
         Without `probe` the checker alone looks at it, at all of it. With `probe` its embedding (the encoder's
         latents) is probed too, as an image-to-image request's would be, by that kind, count, angle and
-        threshold. What cannot be decoded, is too large, or of another format is blocked. Raises as `check`.
+        threshold: that can block what the checker alone lets pass, never the reverse. What cannot be decoded,
+        is too large, moves, or is of another format is blocked. Raises as `check`.
         """
         (drawn,) = _seeds(seed, 1)
         start = time.monotonic()
@@ -159,7 +174,7 @@ class Detector:
                 self._pictures = self._pictures or ImageProbes(self._backend, self.bundle.manifest)
                 looks = self._pictures.look(image, probe, seed=drawn, deadline=self._deadline(start))
                 count = looks.margins.shape[1]
-                tally = Tally(probe or ProbeConfig(count=count, threshold=1 / count))
+                tally = Tally(probe or ProbeConfig(count=count, threshold=1 / count), first_decides=True)
                 tally.add(looks, 0)
                 self._check_time(start)
             except Exception as fault:
@@ -181,7 +196,7 @@ class Detector:
                     requests[row] = Request(ids, drawn, truncated)
                 except Exception as fault:
                     verdicts[row] = self._failed(fault, tallies[row], drawn, start)
-            rows, each = list(requests), max(1, ROWS // self.probe.count)
+            rows, each = list(requests), max(1, self._rows // self.probe.count)
             for at in range(0, len(rows), each):
                 part = {row: requests[row] for row in rows[at : at + each]}
                 verdicts |= self._vote(part, tallies, start)
@@ -217,11 +232,12 @@ class Detector:
         return verdicts
 
     def _chunks(self) -> Iterator[range]:
-        """Probe numbers, cut where a vote can be decided: after `need` hits, and once too few probes are
-        left.
+        """Probe numbers, cut where a vote can be decided (after `need` hits, and once too few are left) and
+        where a run would be too large.
         """
         count, need = self.probe.count, self.probe.need
-        ends = sorted({need, count - need + 1, count}) if self._early_exit else [count]
+        whole = {*range(self._rows, count, self._rows), count}
+        ends = sorted(whole | {need, count - need + 1} if self._early_exit else whole)
         return (range(begin, end) for begin, end in zip([0, *ends], ends, strict=False))
 
     def _deadline(self, start: float) -> float | None:

@@ -3,6 +3,7 @@ shown.
 """
 
 import math
+import secrets
 import threading
 import time
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ from safelight.engine.sampler import Sampler, Trajectory
 from safelight.engine.tally import Tally
 from safelight.engine.tokenizer import PromptTokenizer
 from safelight.errors import SafelightError
-from safelight.kernels.philox import Stream, normals
+from safelight.kernels.philox import Stream, normals, split_seed
 from safelight.probe import ProbeConfig
 from safelight.schedule import Solver
 from safelight.verdict import Verdict
@@ -65,7 +66,7 @@ class Generator:
     @classmethod
     def open(
         cls,
-        bundle: str | Path = "shapes",
+        bundle: str | Path | Bundle = "shapes",
         *,
         backend: str = "onnxruntime",
         detector: Detector | None = None,
@@ -75,12 +76,18 @@ class Generator:
         """Open a bundle on a backend. Without `detector` one is opened on the same bundle, with its own
         settings.
 
-        A detector that is given stays the caller's to close. Raises as `Detector.open`.
+        A detector that is given must be of the same bundle, and stays the caller's to close. Raises as
+        `Detector.open`.
         """
         opened = open_bundle(bundle)
+        if detector is not None and detector.bundle_id != opened.manifest.bundle_id:
+            raise ValueError(
+                f"the detector is of bundle {detector.bundle_id}, not {opened.manifest.bundle_id}; open both "
+                "on one bundle"
+            )
         folder = None if model is None else Path(model)
         runtime = open_backend(backend, opened, model=folder, threads=threads)
-        guard = detector or Detector(opened, runtime, opened.manifest.probe)
+        guard = detector or Detector.open(opened, backend=backend, model=model, threads=threads)
         return cls(opened, runtime, guard, owned=detector is None)
 
     def generate(
@@ -91,18 +98,22 @@ class Generator:
         guidance_scale: float | None = None,
         solver: Solver | None = None,
         seed: int | None = None,
+        probe_seed: int | None = None,
     ) -> Generation:
         """Screen a prompt and, where it passes, generate one image and check it.
 
         `guidance_scale` in diffusers' convention and `solver` (`ddim`, `euler`, `dpmpp_2m`) are the bundle's
-        where they are None. `seed` repeats verdict and image. Raises ValueError for settings out of range,
-        before anything runs, and SafelightError where the generator is closed. A fault while generating is a
-        blocked `image_verdict`.
+        where they are None. `seed` repeats the image; `probe_seed` the verdict, and is secret where it is
+        None, since whoever asks for an image often chooses its seed. Raises ValueError for settings out of
+        range, before anything runs, and SafelightError where the generator is closed. A fault while
+        generating is a blocked `image_verdict`.
         """
         scale = self.bundle.manifest.guidance_scale if guidance_scale is None else float(guidance_scale)
         trajectory = Trajectory(steps, scale, solver or self._sampler.solver)
         self._sampler.check(trajectory)
-        verdict = self.detector.check(prompt, seed=seed)
+        drawn = secrets.randbits(64) if seed is None else seed
+        split_seed(drawn)
+        verdict = self.detector.check(prompt, seed=probe_seed)
         spent = {"detect": verdict.timings_ms["total"]}
         if verdict.blocked:
             return Generation(None, verdict, None, spent)
@@ -112,14 +123,14 @@ class Generator:
             if self._closed:
                 raise SafelightError("the generator is closed; open another")
             try:
-                decoded = self._draw(prompt, verdict.seed, trajectory)
+                decoded = self._draw(prompt, drawn, trajectory)
                 spent["generate"] = (time.monotonic() - start) * 1e3
                 tally.add(self._checker.look(decoded), 0)
                 image = np.rint(np.nan_to_num(decoded[0]) * 255).astype(np.uint8).transpose(1, 2, 0)
             except Exception as fault:
                 detail = f"{type(fault).__name__}: {fault}"
         seen = tally.verdict(
-            seed=verdict.seed,
+            seed=drawn,
             elapsed_s=time.monotonic() - start,
             bundle=self.bundle.manifest.bundle_id,
             backend=self._sampler.device,

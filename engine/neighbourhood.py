@@ -85,7 +85,7 @@ class Neighbourhood:
         none = np.zeros(shape, dtype=np.float32)
         if self.config.target is ProbeTarget.LATENT or self.config.angle_rad == 0:
             return Probes(ids, mask, none, none, still, still, latents)
-        turns = [self._turn(request, probes, Stream.PROMPT_U, shape[2:]) for request in requests]
+        turns = [turn(self.config, request.seed, probes, Stream.PROMPT_U, shape[2:]) for request in requests]
         u, v, angle, phase = (np.stack(parts) for parts in zip(*turns, strict=True))
         return Probes(ids, mask, u, v, angle, phase, latents)
 
@@ -117,21 +117,13 @@ class Neighbourhood:
         last = {"tokens": end - 1, "tokens+eos": end, "tokens+eos+pad": np.full_like(end, ids.shape[1])}
         return (position >= 1) & (position <= last[self._rotate])
 
-    def _turn(
-        self, request: Request, probes: range, first: Stream, shape: tuple[int, ...]
-    ) -> tuple[Floats, Floats, Floats, Floats]:
-        """U and v (P, *shape), angle and phase (P,) of these probes; `first` and the stream after it are
-        used.
-        """
-        return turn(self.config, request.seed, probes, first, shape)
-
     def _start(self, request: Request, probes: range) -> Floats:
         """Starting latents (P, c, h, w): one draw for all, turned where latents are probed."""
         size = math.prod(self._latents)
         base = normals(request.seed, Stream.LATENT, size, probes=[0])
         if self.config.target is ProbeTarget.PROMPT or self.config.angle_rad == 0:
             return np.broadcast_to(base, (len(probes), size)).reshape(-1, *self._latents)
-        u, v, angle, phase = self._turn(request, probes, Stream.LATENT_U, (size,))
+        u, v, angle, phase = turn(self.config, request.seed, probes, Stream.LATENT_U, (size,))
         turned = host.probe_rotate(base, u[None], v[None], angle[None], phase[None])
         return turned.reshape(-1, *self._latents)
 

@@ -32,8 +32,8 @@ def read_picture(source: Any, *, max_pixels: int = MAX_PIXELS) -> NDArray[np.uin
     image or an array.
 
     The format is read from the content, the size from the header, and both are judged before a pixel is
-    decoded; the orientation that a camera noted is applied, of an animation the first frame counts. Raises
-    ImageError, and TypeError for another kind of source.
+    decoded; the orientation that a camera noted is applied. An animation is refused: one frame would speak
+    for all. Raises ImageError, and TypeError for another kind of source.
     """
     if isinstance(source, np.ndarray):
         if source.dtype != np.uint8 or source.ndim != 3 or source.shape[2] not in (3, 4) or 0 in source.shape:
@@ -77,6 +77,8 @@ def _check_size(width: int, height: int, max_pixels: int) -> None:
 
 def _upright(image: Image.Image, max_pixels: int) -> NDArray[np.uint8]:
     _check_size(*image.size, max_pixels)
+    if (frames := getattr(image, "n_frames", 1)) > 1:
+        raise ImageError(f"the picture has {frames} frames; one is checked; save a single frame")
     # not ImageOps.exif_transpose, which writes all notes anew and so fails over an odd one
     turn = _TURNS.get(image.getexif().get(ExifTags.Base.Orientation))
     upright = image if turn is None else image.transpose(turn)
@@ -103,7 +105,8 @@ def views(pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
 
     A checker looks at a square: of a long picture it would see the middle alone, and what is drawn in the
     colour of the ground below a transparent picture it would not see at all. So a long picture gives evenly
-    spaced squares, and a transparent one gives each of them on black and on white.
+    spaced squares, and a transparent one gives each of them bare (readers that drop transparency show what it
+    hides), on black and on white.
     """
     height, width = pixels.shape[:2]
     short, long = sorted((height, width))
@@ -112,7 +115,7 @@ def views(pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
     shown = np.stack(squares).astype(np.float32) / np.float32(255)
     if pixels.shape[2] == 4:
         colour, alpha = shown[..., :3], shown[..., 3:]
-        shown = np.concatenate([colour * alpha, colour * alpha + (1 - alpha)])
+        shown = np.concatenate([colour, colour * alpha, colour * alpha + (1 - alpha)])
     return np.ascontiguousarray(shown.transpose(0, 3, 1, 2))
 
 

@@ -78,11 +78,11 @@ class Sampler:
         """Latents float32 (N, c, h, w), scaled as the UNet knows them; NaN where `hidden` is not finite.
 
         hidden (N, L, D); free (1, L, D), the embeddings of the empty prompt; latents (N, c, h, w), unit
-        normals. At a scale of 1 the empty prompt is not asked. Raises ValueError as `check`, and TimeoutError
-        past the deadline.
+        normals. At a scale of 1 or below there is no guidance, as in diffusers. Raises ValueError as
+        `check`, and TimeoutError past the deadline.
         """
         table, count = self._table(trajectory.solver, trajectory.steps), len(latents)
-        guided = trajectory.guidance_scale != 1.0
+        guided = trajectory.guidance_scale > 1.0  # as diffusers decides it
         text = np.concatenate([np.broadcast_to(free, hidden.shape), hidden]) if guided else hidden
         scale = np.full(count, trajectory.guidance_scale, dtype=np.float32)
         self._unet.plan(batch=len(text))

@@ -29,6 +29,10 @@ LISTED = 5  # faults that a summary spells out
 class Checker(Protocol):
     """What the job asks of a detector."""
 
+    @property
+    def bundle_id(self) -> str:
+        """Which bundle the verdicts are of."""
+
     def check(self, prompt: str, *, seed: int | None = None) -> Verdict:
         """The verdict on one prompt."""
 
@@ -93,7 +97,11 @@ def screen_file(
     first = list(itertools.islice(rows_in, 1))  # what cannot be read is refused before an output exists
     with VerdictFile(target) as out:
         before = {(done.number, done.digest): done for done in out.done}
-        bundles = {done.bundle for done in out.done} - {""}
+        if others := {done.bundle for done in out.done} - {"", detector.bundle_id}:
+            held = sorted(others)[0]
+            raise SafelightError(
+                f"{target}: holds verdicts of bundle {held}, not {detector.bundle_id}; choose another -o"
+            )
         rows = resumed = blocked = errors = 0
         faults: list[str] = []
         for row in itertools.chain(first, rows_in):
@@ -104,11 +112,6 @@ def screen_file(
                 blocked, errors = blocked + done.blocked, errors + (done.reason == "error")
             else:
                 verdict = _row_verdict(detector, row, seed, probes_folder)
-                if verdict.bundle and bundles - {verdict.bundle}:
-                    held = sorted(bundles)[0]
-                    raise SafelightError(
-                        f"{target}: holds verdicts of bundle {held}, not {verdict.bundle}; choose another -o"
-                    )
                 out.write((row.number, row.digest, row.prompt), verdict)
                 blocked += verdict.blocked
                 if verdict.reason == "error":

@@ -20,8 +20,18 @@ Pictures = NDArray[np.float32]
 class Tally:
     """Hits, margins and, where wanted, pictures of one request."""
 
-    def __init__(self, config: ProbeConfig, *, early_exit: bool = False, keep_images: bool = False) -> None:
+    def __init__(
+        self,
+        config: ProbeConfig,
+        *,
+        early_exit: bool = False,
+        keep_images: bool = False,
+        first_decides: bool = False,
+    ) -> None:
+        """`first_decides` blocks once probe 0, the request itself, is flagged, whatever the vote says."""
         self._config = config
+        self._first_decides = first_decides
+        self._vetoed = False
         self._early_exit = early_exit
         self._keep_images = keep_images
         self._images: list[Pictures] = []
@@ -33,6 +43,8 @@ class Tally:
         """Count the probes of row `row`, or none of them where the row cannot be read."""
         margins = [tuple(margins) for margins in looks.margins[row].tolist()]
         hits, finite = int(looks.flagged[row].sum()), bool(looks.finite[row].all())
+        first = not self._margins and bool(looks.flagged[row][:1].any())
+        self._vetoed = self._vetoed or (self._first_decides and first)
         self._margins += margins
         self._hits += hits
         self._finite = self._finite and finite
@@ -54,7 +66,7 @@ class Tally:
         """Why the request is blocked, as far as is known."""
         if not self._finite:
             return "non_finite"
-        return "concept" if self._hits >= self._config.need else None
+        return "concept" if self._vetoed or self._hits >= self._config.need else None
 
     @property
     def decided(self) -> bool:

@@ -21,6 +21,7 @@ from safelight.verdict import Verdict
 FORMATS = (".jsonl", ".csv", ".parquet")
 KEY = ("row", "digest", "prompt")
 COLUMNS = (*KEY, *Verdict.__dataclass_fields__)
+MAX_CELL = 16 << 20  # characters; the margins of 1,024 probes are far past what csv reads by default
 NESTED = ("margins", "timings_ms")  # written as JSON inside a csv cell
 
 
@@ -63,7 +64,7 @@ class VerdictFile:
         row = dict(zip(KEY, key, strict=True)) | verdict.to_json()
         if self._csv:
             cells = [json.dumps(row[name]) if name in NESTED else _cell(row[name]) for name in COLUMNS]
-            csv.writer(self._file, lineterminator="\n").writerow(cells)
+            csv.writer(self._file, lineterminator="\n", quoting=csv.QUOTE_ALL).writerow(cells)
         else:
             self._file.write(json.dumps(row, ensure_ascii=False) + "\n")
         self._file.flush()
@@ -139,11 +140,15 @@ def _json_rows(lines: Iterator[str]) -> Iterator[dict[str, Any] | None]:
 
 
 def _csv_rows(lines: Iterator[str]) -> Iterator[dict[str, Any] | None]:
+    csv.field_size_limit(max(MAX_CELL, csv.field_size_limit()))
     records = csv.reader(lines)
-    if tuple(next(records, COLUMNS)) != COLUMNS:
+    try:
+        if tuple(next(records, COLUMNS)) != COLUMNS:
+            yield None
+        for record in records:
+            yield dict(zip(COLUMNS, record, strict=True)) if len(record) == len(COLUMNS) else None
+    except csv.Error:
         yield None
-    for record in records:
-        yield dict(zip(COLUMNS, record, strict=True)) if len(record) == len(COLUMNS) else None
 
 
 def _end_of_whole_rows(path: Path, *, quoted: bool) -> int:

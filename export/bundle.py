@@ -5,6 +5,7 @@ Graphs are made one by one, each freed before the next. Knows no layer of any ne
 """
 
 import gc
+import json
 import math
 import shutil
 from collections.abc import Callable
@@ -37,6 +38,7 @@ from safelight.manifest import (
 from safelight.models.shapes import MODEL_FOLDER
 
 GUIDANCE_SCALE = 7.5  # diffusers' default; 1 is no guidance, for models that are distilled from it
+_VOCABULARY = ("tokenizer/vocab.json", "tokenizer/merges.txt")
 _OPTIONAL_FILES = ("tokenizer/special_tokens_map.json",)
 
 Progress = Callable[[str], None]
@@ -82,7 +84,7 @@ def _write(
 ) -> Manifest:
     """Write every graph and configuration into `partial`; returns the manifest, not verified yet."""
     _copy_configurations(folder, partial)
-    tokens = _tokens(folder)
+    tokens = _tokens(folder, partial)
     sizes = Sizes.read(folder, tokens.window)
     checker, one_step = _checker(folder, sizes), folder.one_step()
     graphs = {}
@@ -104,6 +106,7 @@ def _write(
         picture=Picture(sizes.picture, sizes.latents, _scaling_factor(folder)),
         checker=checker,
         guidance_scale=guidance_scale,
+        distilled=folder.has_one_step or _is_turbo(folder),
     )
 
 
@@ -137,13 +140,33 @@ def _check_row(row: Row) -> None:
 
 def _copy_configurations(folder: ModelFolder, partial: Path) -> None:
     for name in (*REQUIRED_FILES, *_OPTIONAL_FILES):
-        source = folder.path / name
-        if not source.is_file():
-            if name in _OPTIONAL_FILES:
-                continue
-            raise BundleError(f"{source} is missing; save the tokenizer with vocab.json and merges.txt")
-        (partial / name).parent.mkdir(exist_ok=True)
-        shutil.copyfile(source, partial / name)
+        source, target = folder.path / name, partial / name
+        target.parent.mkdir(exist_ok=True)
+        if source.is_file():
+            shutil.copyfile(source, target)
+        elif name in _VOCABULARY:
+            target.write_text(_vocabulary_file(folder, name), encoding="utf-8")
+        elif name not in _OPTIONAL_FILES:
+            raise BundleError(f"{source} is missing; save the model again")
+
+
+def _vocabulary_file(folder: ModelFolder, name: str) -> str:
+    """vocab.json or merges.txt out of tokenizer.json, the one file that newer transformers save."""
+    whole = folder.path / "tokenizer" / "tokenizer.json"
+    if not whole.is_file():
+        raise BundleError(
+            f"{folder.path / name} is missing, and so is {whole.name}; save the tokenizer again"
+        )
+    try:
+        model = read_json(whole)["model"]
+        if name.endswith(".json"):
+            return json.dumps(model["vocab"], ensure_ascii=False)
+        merges = (merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"])
+        return "\n".join(["#version: 0.2", *merges]) + "\n"
+    except (KeyError, TypeError) as fault:
+        raise BundleError(
+            f"{whole} is not a byte-pair tokenizer ({fault}); save the tokenizer again"
+        ) from None
 
 
 def _entry(path: Path) -> FileEntry:
@@ -159,21 +182,25 @@ def _scaling_factor(folder: ModelFolder) -> float:
     return float(folder.config("vae").get("scaling_factor", 0.18215))  # what AutoencoderKL takes by default
 
 
-def _guidance_scale(folder: ModelFolder, asked: float | None) -> float:
-    """`asked`, or 1 for the turbo class: one UNet, and an Euler schedule that begins at the last timestep."""
-    if asked is not None:
-        if not 0.0 <= asked < math.inf:
-            raise ValueError(f"guidance_scale must be finite and at least 0; got {asked!r}")
-        return float(asked)
+def _is_turbo(folder: ModelFolder) -> bool:
+    """Whether the one UNet is of the turbo class: an Euler schedule that begins at the last timestep."""
     scheduler = folder.config("scheduler")
     euler = scheduler.get("_class_name") in ("EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler")
-    turbo = euler and scheduler.get("timestep_spacing") == "trailing" and not folder.has_one_step
-    return 1.0 if turbo else GUIDANCE_SCALE
+    return euler and scheduler.get("timestep_spacing") == "trailing" and not folder.has_one_step
 
 
-def _tokens(folder: ModelFolder) -> Tokens:
+def _guidance_scale(folder: ModelFolder, asked: float | None) -> float:
+    """`asked`, or 1 for the turbo class."""
+    if asked is None:
+        return 1.0 if _is_turbo(folder) else GUIDANCE_SCALE
+    if not 0.0 <= asked < math.inf:
+        raise ValueError(f"guidance_scale must be finite and at least 0; got {asked!r}")
+    return float(asked)
+
+
+def _tokens(folder: ModelFolder, partial: Path) -> Tokens:
     """The window and the special tokens, by the tokenizer's files. Raises BundleError where one is absent."""
-    place = folder.path / "tokenizer"
+    place = partial / "tokenizer"
     longest = int(folder.config("text_encoder")["max_position_embeddings"])
     window = min(int(read_json(place / "tokenizer_config.json").get("model_max_length") or longest), longest)
     return read_tokenizer(place, window)[1]

@@ -62,12 +62,12 @@ class Case:
 
 
 def cases(graph: str, *, large: bool) -> tuple[Case, ...]:
-    """What is compared: small and odd lengths and, in a small detector, a probe that must be flagged."""
+    """What is compared: small and odd lengths and, in a detector, a probe that must be flagged."""
     if graph != "detector":
         return tuple(Case({"batch": batch}) for batch in ((1, 2) if large else (1, 3)))
-    pairs = ((1, 1), (1, 2)) if large else ((1, 1), (1, 8), (3, 5))
+    pairs = ((1, 1),) if large else ((1, 1), (1, 8), (3, 5))
     found = [Case({"requests": requests, "probes": probes}) for requests, probes in pairs]
-    return tuple(found) if large else (*found, Case({"requests": 1, "probes": 2}, poisoned=True))
+    return (*found, Case({"requests": 1, "probes": 2}, poisoned=True))
 
 
 def verify_bundle(bundle: Path, model: Path | None) -> tuple[Row, ...]:

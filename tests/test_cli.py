@@ -24,6 +24,7 @@ from safelight.verdict import Verdict
 import safelight.cli.screening
 class Fake:
     closed = 0
+    bundle_id = "b"
     def check(self, prompt, *, seed=None):
         if prompt == "ctrl-c":
             os.kill(os.getpid(), signal.SIGINT)

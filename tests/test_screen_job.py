@@ -29,7 +29,7 @@ class FakeDetector:
 
     def __init__(self, bundle: str = "fake") -> None:
         self.calls: list[str] = []
-        self.bundle = bundle
+        self.bundle_id = bundle
 
     def check(self, prompt: str, *, seed: int | None = None) -> Verdict:
         self.calls.append(prompt)
@@ -44,7 +44,7 @@ class FakeDetector:
             probes=2,
             distinct_probes=2,
             timings_ms={"total": 1.5},
-            bundle=self.bundle,
+            bundle=self.bundle_id,
             backend="fake",
         )
 

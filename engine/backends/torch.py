@@ -101,7 +101,8 @@ def open_backend(bundle: Bundle, *, model: Path | None, threads: int | None) -> 
             "model= or --model"
         )
     found = ModelFolder.open(folder).digests()
-    if odd := sorted(name for name in source.weights if found.get(name) != source.weights[name]):
+    names = {*found, *source.weights}
+    if odd := sorted(name for name in names if found.get(name) != source.weights.get(name)):
         raise BundleError(
             f"{folder / odd[0]} is not the file that {bundle.folder} was made from; export it again"
         )

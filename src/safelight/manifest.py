@@ -162,7 +162,8 @@ class Manifest:
     an infinite `lambda_min_clipped`, which no schedule here reads); `one_step` the single call that is baked
     into the detector graph. `probe` and `rotate` (which tokens a prompt probe turns) are the defaults;
     `calibration` says how they were found and is None while they are only a guess. `guidance_scale` is the
-    full model's default in diffusers' convention, 1 for a model that takes no guidance.
+    full model's default in diffusers' convention, 1 for a model that takes no guidance. `distilled` says
+    whether the detector's UNet was made to answer in one step: where it was not, one step shows a blur.
     """
 
     files: Mapping[str, FileEntry]
@@ -178,6 +179,7 @@ class Manifest:
     probe: ProbeConfig = field(default_factory=ProbeConfig)
     rotate: str = "tokens+eos"
     guidance_scale: float = 7.5
+    distilled: bool = True
     calibration: Mapping[str, Any] | None = None
     defences: tuple[str, ...] = ()
     verification: tuple[Row, ...] = ()

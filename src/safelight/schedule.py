@@ -24,6 +24,19 @@ _SOLVER_OF_CLASS: dict[str, Solver] = {
     "EulerAncestralDiscreteScheduler": "euler",
     "DPMSolverMultistepScheduler": "dpmpp_2m",
 }
+_LINSPACED = (  # classes whose spacing is linspace where their configuration names none
+    *_SOLVER_OF_CLASS,
+    "LMSDiscreteScheduler",
+    "UniPCMultistepScheduler",
+)
+_UNSUPPORTED = (
+    "trained_betas",
+    "use_karras_sigmas",
+    "use_exponential_sigmas",
+    "use_beta_sigmas",
+    "use_lu_lambdas",
+    "use_flow_sigmas",
+)
 
 Doubles = NDArray[np.float64]
 
@@ -85,14 +98,15 @@ class NoiseSchedule:
         """Read a scheduler_config.json; the class named in it decides the default solver, and nothing is
         imported.
         """
-        if config.get("trained_betas") is not None or config.get("use_karras_sigmas"):
-            raise ValueError(
-                "trained_betas and use_karras_sigmas are not supported; set them to null and false"
-            )
+        for name in _UNSUPPORTED:
+            if config.get(name):
+                raise ValueError(f"scheduler setting {name} is not supported; set it to null or false")
+        if (algorithm := config.get("algorithm_type") or "dpmsolver++") != "dpmsolver++":
+            raise ValueError(f"scheduler setting algorithm_type must be 'dpmsolver++'; got {algorithm!r}")
         names = set(cls.__dataclass_fields__) - {"solver"}
         values = {name: config[name] for name in names if config.get(name) is not None}
         solver = _SOLVER_OF_CLASS.get(str(config.get("_class_name")), "ddim")
-        if solver == "euler" and "timestep_spacing" not in values:
+        if config.get("_class_name") in _LINSPACED and "timestep_spacing" not in values:
             values["timestep_spacing"] = "linspace"
         return cls(**values, solver=solver)
 
@@ -169,6 +183,8 @@ class NoiseSchedule:
         products, count = self.alphas_cumprod(), self.num_train_timesteps
         last = 1.0 if self.set_alpha_to_one else float(products[0])
         timesteps = self._integers(steps, count)
+        if timesteps.max() >= count:
+            raise ValueError(f"{steps} steps would begin past the last training step; take fewer")
         rows: list[tuple[float, ...]] = []
         for timestep in timesteps.astype(int):
             before = timestep - count // steps

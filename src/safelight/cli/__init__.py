@@ -22,7 +22,7 @@ from safelight.errors import SafelightError
 # module that is missing -> the extra that brings it
 EXTRAS = {
     **dict.fromkeys(("torch", "diffusers", "transformers", "safetensors"), "torch"),
-    **dict.fromkeys(("onnx", "onnxscript"), "export"),
+    **dict.fromkeys(("onnx", "onnxscript", "onnx_ir"), "export"),
     **dict.fromkeys(("tqdm",), "train"),
     **dict.fromkeys(("matplotlib",), "plot"),
     **dict.fromkeys(("pyarrow",), "parquet"),

@@ -71,7 +71,7 @@ def calibrate(bundle: Path, **options: Any) -> None:
     if options["plot"] is not None:
         calibration.plot(made, points, options["plot"])
     if options["table"] is not None:
-        _write_table(options["table"], made.manifest.calibration or {})
+        _write_table(options["table"], dict(made.manifest.calibration or {}))
     probe, figures = made.manifest.probe, made.manifest.calibration or {}
     click.echo(
         f"{probe.kind} {probe.target} probes, {probe.angle_rad:g} rad, {probe.need} of {probe.count} block"

@@ -37,7 +37,7 @@ def generate(**options: Any) -> int:
     prompts, output = options.pop("prompts"), options.pop("output")
     fail, as_json = options.pop("fail_on_block"), options.pop("as_json")
     call = {name: options.pop(name) for name in ("guidance_scale", "solver", "seed")}
-    call |= {"steps": options.pop("image_steps")}
+    call |= {"steps": options.pop("image_steps"), "probe_seed": call["seed"]}
     call = {name: value for name, value in call.items() if value is not None}
     paths = _paths(output, len(prompts))
     from safelight.engine.generate import Generator
@@ -46,7 +46,7 @@ def generate(**options: Any) -> int:
     blocked = 0
     with (
         closing(open_detector(dict(options))) as detector,
-        closing(Generator.open(options["bundle"], detector=detector, **given)) as generator,
+        closing(Generator.open(detector.bundle, detector=detector, **given)) as generator,
     ):
         for prompt, path in zip(prompts, paths, strict=True):
             made = generator.generate(prompt, **call)

@@ -55,9 +55,10 @@ def probe_options(command: Command) -> Command:
 
 def open_detector(options: dict[str, Any]) -> "Detector":
     """The detector that `model_options` and `probe_options` describe; takes their names out of `options`."""
+    from safelight.engine.bundle import open_bundle
     from safelight.engine.detect import Detector
 
-    bundle = options.pop("bundle")
+    bundle = open_bundle(options.pop("bundle"))
     changed = {
         name: options.pop(name, None) for name in ("kind", "target", "count", "angle_rad", "threshold")
     }
@@ -65,12 +66,5 @@ def open_detector(options: dict[str, Any]) -> "Detector":
     given = {name: options.pop(name, None) for name in ("backend", "model", "threads", "timeout_s", "steps")}
     given = {name: value for name, value in given.items() if value is not None}
     if changed:
-        given["probe"] = ProbeConfig(**(bundle_policy(bundle).to_json() | changed))
+        given["probe"] = ProbeConfig(**(bundle.manifest.probe.to_json() | changed))
     return Detector.open(bundle, **given)
-
-
-def bundle_policy(bundle: str) -> ProbeConfig:
-    """The probe settings that a bundle was calibrated with."""
-    from safelight.engine.bundle import open_bundle
-
-    return open_bundle(bundle).manifest.probe
