@@ -22,7 +22,7 @@ from safelight.models.shapes.scene import RESTRICTED
 from safelight.probe import ProbeConfig, ProbeKind
 from safelight.statistics import wilson
 
-ANGLES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8, 1.0, 1.2)
+ANGLES = (0.2, 0.4, 0.6, 0.8, 1.0, 1.2)
 SLACK = 0.01  # of the share of restricted prompts found, against the best angle
 SEED = 20_250_527  # the measurement repeats; serving draws secret seeds
 BATCH = 32

@@ -120,7 +120,12 @@ class Detector:
             raise ValueError(f"a bundle's policy may be tightened, never loosened: {why}")
         runtime = open_backend(backend, opened, model=None if model is None else Path(model), threads=threads)
         return cls(
-            opened, runtime, probe or policy, steps=steps or 1, timeout_s=timeout_s, early_exit=early_exit
+            opened,
+            runtime,
+            probe or policy,
+            steps=1 if steps is None else steps,
+            timeout_s=timeout_s,
+            early_exit=early_exit,
         )
 
     @property

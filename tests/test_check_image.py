@@ -132,8 +132,8 @@ def test_what_only_shows_on_one_ground_blocks(
 ) -> None:
     pixels = np.full((64, 64, 4), pixel, np.uint8)
     verdict = detector.check_image(png(pixels))
-    assert verdict.blocked and verdict.reason == "concept" and verdict.probes == 2
-    assert sorted(margin > 0 for (margin,) in verdict.margins) == [False, True]
+    assert verdict.blocked and verdict.reason == "concept" and verdict.probes == 3
+    assert {margin > 0 for (margin,) in verdict.margins} == {False, True}
 
 
 def test_16_bit_grey_is_looked_at_not_whitened(detector: Detector, spotter: Spotter) -> None:
@@ -288,7 +288,14 @@ def test_the_real_checker_on_both_runtimes(tiny_bundle: Path, tiny_model: Path) 
     for backend, model in (("onnxruntime", None), ("torch", tiny_model)):
         with Detector.open(tiny_bundle, backend=backend, model=model, threads=1) as detector:
             found.append([detector.check_image(pixels, probe=probe, seed=2) for probe in (None, LATENTS)])
-            assert found[-1][0].backend.startswith(backend) and found[-1][0].probes == 4
+            assert found[-1][0].backend.startswith(backend) and found[-1][0].probes == 6
     for one, two in zip(*found, strict=True):
         np.testing.assert_allclose(one.margins, two.margins, atol=3e-3)
         assert (one.blocked, one.reason) == (two.blocked, two.reason) or np.abs(one.margins).min() < 3e-3
+
+
+def test_a_flagged_picture_blocks_whatever_its_probes_say(detector: Detector) -> None:
+    pixels = plain(50, 330, red=slice(280, 330))
+    probe = ProbeConfig(target="latent", count=8, angle_rad=0.1, threshold=1.0)
+    verdict = detector.check_image(pixels, probe=probe, seed=1)
+    assert verdict.blocked and verdict.reason == "concept" and verdict.score < verdict.threshold

@@ -249,6 +249,8 @@ def generator(monkeypatch: pytest.MonkeyPatch) -> dict:
     seen: dict = {}
 
     class Fake:
+        bundle = "shapes"
+
         @classmethod
         def open(cls, bundle: str, **options: object) -> "Fake":
             seen[f"open {len(seen)}"] = (bundle, options)
@@ -275,7 +277,7 @@ def test_generate_writes_what_passes_and_names_what_does_not(generator: dict, tm
         "safelight: 'star': the request is blocked: concept",
         "safelight: 'odd ring': the image is blocked: concept",
     ]
-    assert generator["call"] == {"steps": 25, "solver": "euler", "seed": 5}
+    assert generator["call"] == {"steps": 25, "solver": "euler", "seed": 5, "probe_seed": 5}
     assert CliRunner().invoke(main, [*words, "--fail-on-block"]).exit_code == 3
 
 

@@ -34,7 +34,7 @@ from safelight.engine.looks import Looks
 from safelight.engine.neighbourhood import Request
 from safelight.errors import SafelightError, ShapeError
 from safelight.kernels import reference
-from safelight.manifest import FileEntry
+from safelight.manifest import FileEntry, Manifest
 from safelight.probe import ProbeConfig
 from safelight.verdict import Verdict
 
@@ -487,6 +487,26 @@ def test_a_policy_may_be_tightened_never_loosened(tiny_bundle: Path) -> None:
 def test_settings_out_of_range_are_the_callers_mistake(tiny_bundle: Path, named: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=next(iter(named))):
         Detector.open(tiny_bundle, **named)
+
+
+def test_a_model_without_a_one_step_student_is_not_asked_for_one_step(
+    tiny_bundle: Path, tmp_path: Path
+) -> None:
+    other = shutil.copytree(tiny_bundle, tmp_path / "other")
+    replace(Manifest.load(other), distilled=False).write(other)
+    for steps in (None, 1):
+        with pytest.raises(ValueError, match="holds no one-step model"):
+            Detector.open(other, steps=steps, threads=1)
+    with Detector.open(other, steps=2, threads=1) as detector:
+        assert detector.check("a red star", seed=1).probes > 0
+
+
+def test_larger_latents_run_fewer_probes_at_once(told: Any) -> None:
+    model = Model(lambda _request, _probe: -1.0)
+    detector = told(model, probes(8), early_exit=False)
+    detector._rows = 3
+    assert not detector.check("a").blocked
+    assert [chunk for _, chunk in model.calls] == [range(3), range(3, 6), range(6, 8)]
 
 
 # the real graph

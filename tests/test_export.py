@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from safelight.cli import main
 from safelight.containment import digest
+from safelight.engine.model_folder import ModelFolder
 from safelight.errors import BundleError, ExportError
 from safelight.export import bundle as exporting
 from safelight.export import verify as verifying
@@ -318,3 +319,21 @@ def test_wrong_settings_are_refused_before_anything_is_read(
     with pytest.raises(ValueError, match=message):
         export_bundle(tiny_model, tmp_path / "bundle", **keywords)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_tokenizer_of_one_file_is_read_like_the_older_three(tiny_model: Path, tmp_path: Path) -> None:
+    from transformers import CLIPTokenizer
+
+    model = copy_of(tiny_model, tmp_path)
+    CLIPTokenizer.from_pretrained(tiny_model / "tokenizer").save_pretrained(model / "tokenizer")
+    kept = {name: (model / "tokenizer" / name).read_text() for name in ("vocab.json", "merges.txt")}
+    for name in kept:
+        (model / "tokenizer" / name).unlink()
+    (tmp_path / "out").mkdir()
+    exporting._copy_configurations(ModelFolder.open(model), tmp_path / "out")
+    found = {name: (tmp_path / "out" / "tokenizer" / name).read_text() for name in kept}
+    assert json.loads(found["vocab.json"]) == json.loads(kept["vocab.json"])
+    assert found["merges.txt"].split() == kept["merges.txt"].split()
+    (model / "tokenizer" / "tokenizer.json").unlink()
+    with pytest.raises(BundleError, match="vocab.json is missing, and so is tokenizer.json"):
+        exporting._copy_configurations(ModelFolder.open(model), tmp_path / "out")

@@ -238,19 +238,30 @@ def test_a_lazy_image_that_breaks_is_refused() -> None:
 
 
 @pytest.mark.parametrize("ground", [0, 255])
-def test_a_transparent_picture_is_seen_on_black_and_on_white(ground: int) -> None:
+def test_a_transparent_picture_is_seen_bare_on_black_and_on_white(ground: int) -> None:
     pixels = np.full((8, 8, 4), ground, np.uint8)  # what is opaque has the colour of one of the grounds
     pixels[..., 3] = 0
     pixels[2:6, 2:6, 3] = 255
-    black, white = views(read_picture(encoded(pixels)))
+    bare, black, white = views(read_picture(encoded(pixels)))
+    assert {float(v) for v in np.unique(bare)} == {ground / 255}
     assert {float(v) for v in np.unique(black)} == {0.0, ground / 255}
     assert {float(v) for v in np.unique(white)} == {1.0, ground / 255}
     assert max(np.ptp(black), np.ptp(white)) == 1.0
     half = pixels.copy()
     half[..., :3], half[..., 3] = 200, 128
-    black, white = views(half)
+    bare, black, white = views(half)
+    np.testing.assert_allclose(bare, 200 / 255, rtol=1e-6)
     np.testing.assert_allclose(black, 200 / 255 * 128 / 255, rtol=1e-6)
     np.testing.assert_allclose(white, 200 / 255 * 128 / 255 + 127 / 255, rtol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["PNG", "WEBP"])
+def test_an_animation_is_refused(kind: str) -> None:
+    frames = [Image.fromarray(np.full((8, 8, 3), level, np.uint8)) for level in (0, 200)]
+    buffer = io.BytesIO()
+    frames[0].save(buffer, kind, save_all=True, append_images=frames[1:], lossless=True)
+    with pytest.raises(ImageError, match="2 frames; one is checked"):
+        read_picture(buffer.getvalue())
 
 
 def test_an_opaque_picture_is_seen_as_it_is() -> None:
@@ -268,8 +279,8 @@ def test_squares_cover_a_long_picture(short: int, data, tall: bool, alpha: bool)
     pixels = pixels.swapaxes(0, 1) if tall else pixels
     seen = views(pixels)
     squares = -(-long // short)
-    assert seen.shape == (squares * (2 if alpha else 1), 3, short, short)
-    for part in np.split(seen, 2) if alpha else [seen]:
+    assert seen.shape == (squares * (3 if alpha else 1), 3, short, short)
+    for part in np.split(seen, 3) if alpha else [seen]:
         levels = np.rint(part * 255).astype(int).swapaxes(2, 3) if tall else np.rint(part * 255).astype(int)
         assert set(levels[:, 0].ravel()) == set(range(long))
         assert (levels[:, 1, :, 0] == np.arange(short)).all()

@@ -130,3 +130,22 @@ def test_an_unknown_setting_is_refused(change):
 def test_a_plan_out_of_range_is_refused(solver, steps):
     with pytest.raises(ValueError, match="must"):
         NoiseSchedule().plan(solver, steps)
+
+
+@pytest.mark.parametrize(
+    "name", ["DPMSolverMultistepScheduler", "UniPCMultistepScheduler", "EulerDiscreteScheduler"]
+)
+def test_an_unnamed_spacing_is_that_of_the_class(name):
+    assert NoiseSchedule.from_config({**SD, "_class_name": name}).timestep_spacing == "linspace"
+    assert NoiseSchedule.from_config({**SD, "_class_name": "PNDMScheduler"}).timestep_spacing == "leading"
+
+
+@pytest.mark.parametrize("change", [{"algorithm_type": "sde-dpmsolver++"}, {"use_beta_sigmas": True}])
+def test_a_setting_that_changes_the_arithmetic_is_refused(change):
+    with pytest.raises(ValueError, match=next(iter(change))):
+        NoiseSchedule.from_config({**SD, **change})
+
+
+def test_steps_that_begin_past_the_last_training_step_are_refused():
+    with pytest.raises(ValueError, match="past the last training step"):
+        NoiseSchedule.from_config({**SD, "steps_offset": 1}).plan("ddim", 1000)
