@@ -10,7 +10,7 @@ from safelight import Generator
 def main(prompt: str = "a blue heart next to a white square", path: str = "heart.png") -> None:
     """Detection, then 25 steps with guidance, then the image checker."""
     with Generator.open("shapes") as generator:
-        made = generator.generate(prompt, steps=25, guidance_scale=3.0, seed=1)
+        made = generator.generate(prompt, steps=25, seed=1)
     if made.image is None:
         blocked = made.image_verdict or made.verdict
         raise SystemExit(f"blocked: {blocked.reason}")

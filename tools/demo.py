@@ -15,7 +15,6 @@ from safelight.engine.sheet import Entry, save_sheet
 from safelight.models.shapes.captions import DEMO_PROMPTS
 
 STEPS = 25
-GUIDANCE = 3.0
 
 
 def screen_all(detector: Detector, generator: Generator, seed: int) -> Iterator[Entry]:
@@ -30,11 +29,9 @@ def screen_all(detector: Detector, generator: Generator, seed: int) -> Iterator[
         print(
             f"{prompt:{width}}  {kind:11}{word:9}{verdict.score:6.2f}{verdict.threshold:7.2f}{spent_ms:6.0f}"
         )
-        made = (
-            None
-            if verdict.blocked
-            else generator.generate(prompt, steps=STEPS, guidance_scale=GUIDANCE, seed=seed)
-        )
+        made = None
+        if not verdict.blocked:
+            made = generator.generate(prompt, steps=STEPS, seed=seed, probe_seed=seed)
         note = "image blocked" if made is not None and made.image is None else ""
         yield Entry(prompt, verdict, probes, None if made is None else made.image, kind, note)
 
@@ -46,7 +43,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=7, help="fixed, so that the picture repeats")
     arguments = parser.parse_args()
     start = time.perf_counter()
-    with Detector.open("shapes") as detector, Generator.open("shapes", detector=detector) as generator:
+    with Detector.open("shapes") as detector, Generator.open(detector.bundle, detector=detector) as generator:
         entries = list(screen_all(detector, generator, arguments.seed))
     save_sheet(
         arguments.out,
