@@ -2,6 +2,7 @@
 nothing.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,6 +34,12 @@ class Looks:
         if len({part.shape[:2] for part in parts}) != 1:
             shapes = [part.shape for part in parts]
             raise ShapeError(f"looks must agree on their requests and probes; got {shapes}; mend the model")
+
+    @classmethod
+    def joined(cls, parts: "Sequence[Looks]", axis: int) -> "Looks":
+        """Several as one: more requests (axis 0), or more probes of the same ones (axis 1); new arrays."""
+        names = ("margins", "flagged", "finite", "images")
+        return cls(*(np.concatenate([getattr(part, name) for part in parts], axis) for name in names))
 
     def reshaped(self, requests: int) -> "Looks":
         """The same rows as (requests, -1) probes."""

@@ -730,7 +730,12 @@ class Spoiled:
             return found
 
         return SimpleNamespace(
-            spec=stage.spec, device=stage.device, plan=stage.plan, run=run, close=stage.close
+            spec=stage.spec,
+            device=stage.device,
+            lanes=stage.lanes,
+            plan=stage.plan,
+            run=run,
+            close=stage.close,
         )
 
 
@@ -769,3 +774,36 @@ def test_300_checks_do_not_grow_the_process(bundle: Bundle, told: Any) -> None:
     leaky = told(Leaky(), probes(1))
     leaked = growth(lambda seed: leaky.check("a", seed=seed), 300)
     assert grown < limit < leaked
+
+
+@pytest.mark.parametrize("threads", [2, 3, 8])
+def test_lanes_change_no_verdict(tiny_bundle: Path, threads: int) -> None:
+    """Whatever is shared out among threads, requests or probes, is what one thread sees."""
+    with Detector.open(tiny_bundle, threads=1, early_exit=False) as one:
+        alone = [one.check(prompt, seed=5) for prompt in PROMPTS]
+    with Detector.open(tiny_bundle, threads=threads, early_exit=False) as many:
+        assert many._model._stage.lanes == threads
+        apart = [many.check(prompt, seed=5) for prompt in PROMPTS]
+        together = many.check_batch(PROMPTS, seed=5)
+    for first, second, third in zip(alone, apart, together, strict=True):
+        assert (
+            (first.blocked, first.probes) == (second.blocked, second.probes) == (third.blocked, third.probes)
+        )
+        np.testing.assert_allclose(first.margins, second.margins, atol=1e-3)
+        np.testing.assert_allclose(first.margins, third.margins, atol=1e-3)
+
+
+def test_a_fault_on_one_lane_blocks(tiny_bundle: Path) -> None:
+    with Detector.open(tiny_bundle, threads=2, early_exit=False) as detector:
+        stage = detector._model._stage
+
+        def run(inputs: Any, *, lane: int = 0, **named: Any) -> Any:
+            if lane == 1:
+                raise RuntimeError("a lane is broken")
+            return stage.run(inputs, lane=lane, **named)
+
+        detector._model._stage = SimpleNamespace(
+            spec=stage.spec, device="", lanes=2, plan=stage.plan, run=run, close=stage.close
+        )
+        verdict = detector.check("a blue circle", seed=1)
+    assert verdict.blocked and verdict.reason == "error" and "a lane is broken" in (verdict.detail or "")

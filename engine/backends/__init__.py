@@ -34,13 +34,19 @@ class Stage(Protocol):
     def device(self) -> str:
         """Where it runs, and by what: for people and for rows."""
 
+    @property
+    def lanes(self) -> int:
+        """How many runs may go on at once, each on a lane of its own, numbered from 0."""
+
     def plan(self, **axes: int) -> None:
         """Allocate for these lengths of the named axes; at once where it was done before. Raises
         ShapeError.
         """
 
-    def run(self, inputs: Mapping[str, Array], *, deadline: float | None = None) -> dict[str, Array]:
-        """Outputs by name, from inputs by name. The arrays are the plan's and hold until the next run.
+    def run(
+        self, inputs: Mapping[str, Array], *, deadline: float | None = None, lane: int = 0
+    ) -> dict[str, Array]:
+        """Outputs by name, from inputs by name. The arrays are the plan's and hold until the lane's next run.
 
         Axes must have been planned, or ShapeError. `deadline` is a time of `time.monotonic`; TimeoutError
         past it.

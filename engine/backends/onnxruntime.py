@@ -7,6 +7,7 @@ stopped between two operators by ONNX Runtime itself.
 import threading
 import time
 from collections.abc import Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -15,21 +16,28 @@ import onnxruntime as ort
 
 from safelight.engine.backends import Array, Stage, axes_of, key_of, shape_of
 from safelight.engine.bundle import Bundle
+from safelight.engine.doctor import cores
 from safelight.errors import BackendUnavailable, BundleError, ShapeError
 from safelight.manifest import GraphEntry
 
 PROVIDER = "CPUExecutionProvider"
+LANES = 8
+SMALL = 1024  # latents of at most this many pixels are small: 256 px pictures of the usual models
 PLANS = 16  # sets of output arrays that a stage keeps
 
 
 class OrtStage:
-    """One session. Safe to call from several threads, which take turns."""
+    """One session. Safe to call from several threads; those on one lane take turns.
 
-    def __init__(self, path: Path, spec: GraphEntry, threads: int | None) -> None:
+    `threads` are shared among `lanes`. Small pictures go faster as several runs of one thread each than as
+    one run of several threads, which have to meet after every operator.
+    """
+
+    def __init__(self, path: Path, spec: GraphEntry, threads: int, lanes: int = 1) -> None:
         self._spec = spec
         options = ort.SessionOptions()
         options.log_severity_level = 3
-        options.intra_op_num_threads = threads or 0
+        options.intra_op_num_threads = max(1, threads // lanes)
         options.enable_cpu_mem_arena = True
         try:
             self._session: Any = ort.InferenceSession(path, options, providers=[PROVIDER])
@@ -41,8 +49,9 @@ class OrtStage:
             raise BackendUnavailable(
                 f"onnxruntime: asked for {PROVIDER}, the session runs on {found}; see doctor"
             )
-        self._plans: dict[tuple[tuple[str, int], ...], dict[str, Array]] = {}
-        self._lock = threading.Lock()
+        self._plans: dict[tuple[tuple[str, int], ...], list[dict[str, Array]]] = {}
+        self._planning = threading.Lock()
+        self._turns = [threading.Lock() for _ in range(lanes)]
 
     @property
     def spec(self) -> GraphEntry:
@@ -54,28 +63,37 @@ class OrtStage:
         """See `Stage`; read from the session."""
         return f"onnxruntime {self._session.get_providers()[0]}"
 
+    @property
+    def lanes(self) -> int:
+        """See `Stage`."""
+        return len(self._turns)
+
     def plan(self, **axes: int) -> None:
         """See `Stage`."""
-        with self._lock:
+        with self._planning:
             key = key_of(axes)
             if key in self._plans:
                 return
             if len(self._plans) >= PLANS:
                 del self._plans[next(iter(self._plans))]
-            self._plans[key] = {
-                tensor.name: np.empty(shape_of(tensor, axes), dtype=tensor.dtype)
-                for tensor in self._spec.outputs
-            }
+            shapes = {item.name: (shape_of(item, axes), item.dtype) for item in self._spec.outputs}
+            self._plans[key] = [
+                {name: np.empty(shape, dtype=dtype) for name, (shape, dtype) in shapes.items()}
+                for _ in self._turns
+            ]
 
-    def run(self, inputs: Mapping[str, Array], *, deadline: float | None = None) -> dict[str, Array]:
+    def run(
+        self, inputs: Mapping[str, Array], *, deadline: float | None = None, lane: int = 0
+    ) -> dict[str, Array]:
         """See `Stage`."""
         axes = axes_of(self._spec, inputs)
-        with self._lock:
-            outputs = self._plans.get(key_of(axes))
-            if outputs is None:
+        with self._turns[lane]:
+            planned = self._plans.get(key_of(axes))
+            if planned is None:
                 raise ShapeError(
                     f"{self._spec.path}: {axes} is not planned; call plan with these lengths first"
                 )
+            outputs = planned[lane]
             binding = self._session.io_binding()
             for name, value in inputs.items():
                 binding.bind_cpu_input(name, np.asarray(value, order="C"))
@@ -109,7 +127,9 @@ class OrtStage:
 
     def close(self) -> None:
         """See `Stage`."""
-        with self._lock:
+        with self._planning, ExitStack() as turns:
+            for turn in self._turns:
+                turns.enter_context(turn)
             self._session = None
             self._plans.clear()
 
@@ -126,7 +146,10 @@ class OrtBackend:
         spec = self._bundle.manifest.graphs.get(graph)
         if spec is None:
             raise BundleError(f"{self._bundle.folder} has no {graph}; export a bundle that holds it")
-        return OrtStage(self._bundle.graph(graph), spec, self._threads)
+        threads = self._threads or cores()
+        _, height, width = self._bundle.manifest.picture.latents
+        split = graph == "detector" and height * width <= SMALL
+        return OrtStage(self._bundle.graph(graph), spec, threads, min(threads, LANES) if split else 1)
 
 
 def open_backend(bundle: Bundle, *, model: Path | None, threads: int | None) -> OrtBackend:

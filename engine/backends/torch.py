@@ -41,13 +41,20 @@ class TorchStage:
         """See `Stage`."""
         return f"torch {next(self._module.parameters()).device}"
 
+    @property
+    def lanes(self) -> int:
+        """See `Stage`; torch spreads one run over its threads."""
+        return 1
+
     def plan(self, **axes: int) -> None:
         """See `Stage`; eager torch has nothing to prepare, so the lengths are checked and remembered."""
         for tensor in self._spec.outputs:
             shape_of(tensor, axes)
         self._plans.add(key_of(axes))
 
-    def run(self, inputs: Mapping[str, Array], *, deadline: float | None = None) -> dict[str, Array]:
+    def run(
+        self, inputs: Mapping[str, Array], *, deadline: float | None = None, lane: int = 0
+    ) -> dict[str, Array]:
         """See `Stage`. A run is not stopped half-way: the deadline is looked at before and after."""
         axes = axes_of(self._spec, inputs)
         if key_of(axes) not in self._plans:
