@@ -71,6 +71,9 @@ class Detector:
         if timeout_s is not None and not timeout_s > 0:
             raise ValueError(f"timeout_s must be greater than 0 seconds; got {timeout_s!r}")
         self.bundle = bundle
+        self.bundle_id = (
+            bundle.manifest.bundle_id
+        )  # a digest of the manifest, too slow to make for each verdict
         self.probe = probe
         self._backend = backend
         self._timeout_s = timeout_s
@@ -127,11 +130,6 @@ class Detector:
             timeout_s=timeout_s,
             early_exit=early_exit,
         )
-
-    @property
-    def bundle_id(self) -> str:
-        """Which bundle the verdicts are of."""
-        return self.bundle.manifest.bundle_id
 
     def check(self, prompt: str, *, seed: int | None = None) -> Verdict:
         """The verdict on a prompt. `seed`, in [0, 2**64), repeats it and lets an attacker predict it; None
@@ -262,7 +260,7 @@ class Detector:
         return {
             "seed": seed,
             "elapsed_s": elapsed_s,
-            "bundle": self.bundle.manifest.bundle_id,
+            "bundle": self.bundle_id,
             "backend": backend,
         }
 

@@ -54,6 +54,7 @@ class Generator:
         """The parts; `owned` says whether closing the generator closes the detector."""
         manifest = bundle.manifest
         self.bundle = bundle
+        self._bundle_id = manifest.bundle_id
         self.detector = detector
         self._owned = owned
         self._tokenizer = PromptTokenizer(bundle.folder / "tokenizer", manifest.tokens)
@@ -132,7 +133,7 @@ class Generator:
         seen = tally.verdict(
             seed=drawn,
             elapsed_s=time.monotonic() - start,
-            bundle=self.bundle.manifest.bundle_id,
+            bundle=self._bundle_id,
             backend=self._sampler.device,
             reason=None if detail is None else "error",
             detail=detail,
