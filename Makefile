@@ -8,7 +8,7 @@
 #   make clean   remove what was built, and .venv
 #
 # PYTHON names the interpreter for a new .venv. TORCH_FLAGS goes to the installation of torch: where the package index
-# serves a CUDA build by default, TORCH_FLAGS="--index-url https://download.pytorch.org/whl/cpu" asks for the CPU build.
+# serves a CUDA build by default, TORCH_FLAGS="--index-url ADDRESS", with PyTorch's index of CPU builds, asks for that.
 
 VENV = .venv
 BIN = $(VENV)/bin
