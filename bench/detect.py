@@ -21,7 +21,6 @@ from safelight.engine.backends import open_backend, shape_of
 from safelight.engine.bundle import Bundle, open_bundle
 from safelight.engine.detect import Detector
 from safelight.engine.eager import load_detector
-from safelight.models.shapes import MODEL_FOLDER
 
 PROMPT = PROMPTS[0]  # a clean one: all probes pass, so no picture is blackened
 COUNTS = (1, 2, 4, 8, 16, 32)
@@ -42,7 +41,7 @@ class Contender:
 
 
 def measure(
-    bundle: str, model: Path | None, *, threads: Sequence[int], repeats: int, counts: Sequence[int] = COUNTS
+    bundle: str, model: Path, *, threads: Sequence[int], repeats: int, counts: Sequence[int] = COUNTS
 ) -> tuple[list[Row], dict[str, list[tuple[int, float]]]]:
     """Rows for the bundle's own number of probes at each thread count; and medians in ms against the number
     of probes.
@@ -51,13 +50,12 @@ def measure(
     `Detector.open` raises.
     """
     opened = open_bundle(bundle)
-    folder = model or MODEL_FOLDER
     rows: list[Row] = []
     for count in threads:
-        rows += _rows(opened, folder, threads=count, repeats=repeats)
+        rows += _rows(opened, model, threads=count, repeats=repeats)
     curve: dict[str, list[tuple[int, float]]] = {}
     for probes in counts:
-        times = _race(_contenders(opened, folder, probes, max(threads))[:3], max(3, repeats // 3))
+        times = _race(_contenders(opened, model, probes, max(threads))[:3], max(3, repeats // 3))
         for provider, sample in times.items():
             curve.setdefault(provider, []).append((probes, percentiles(sample)["p50_ms"]))
     return rows, curve

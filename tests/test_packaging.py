@@ -130,6 +130,13 @@ def pins() -> dict[str, str]:
     return {canonicalize_name(name): version for name, _, version in pairs}
 
 
+OF_A_GPU = (
+    "nvidia-",
+    "cuda-",
+    "triton",
+)  # what PyTorch's CUDA build brings; the list is that of its CPU build
+
+
 def closure(requirements: Iterable[str], extras: frozenset[str]) -> set[tuple[str, frozenset[str]]]:
     """(name, extras) of all that these requirements install, transitively, as the metadata here says."""
     found: set[tuple[str, frozenset[str]]] = set()
@@ -141,6 +148,8 @@ def closure(requirements: Iterable[str], extras: frozenset[str]) -> set[tuple[st
         ):
             continue
         key = (canonicalize_name(requirement.name), frozenset(requirement.extras))
+        if key[0].startswith(OF_A_GPU):
+            continue
         if key in found:
             continue
         found.add(key)

@@ -17,6 +17,13 @@ OUT = click.option(
     show_default=True,
     help="Folder for rows and plots.",
 )
+MODEL = click.option(
+    "--model",
+    type=click.Path(path_type=Path, exists=True, file_okay=False),
+    default=Path("models/shapes/model"),
+    show_default=True,
+    help="Weights folder that the bundle was made from: of the eager reference and of diffusers.",
+)
 BUNDLE = click.option("--bundle", default="shapes", show_default=True, help="`shapes`, or a bundle folder.")
 
 
@@ -62,15 +69,13 @@ def _report(rows: "list[Row]", file: Path) -> None:
 
 @bench.command("detect")
 @BUNDLE
-@click.option(
-    "--model", type=click.Path(path_type=Path), help="Weights folder of the eager reference and diffusers."
-)
+@MODEL
 @click.option("--repeats", type=click.IntRange(3), default=30, show_default=True, help="Rounds, interleaved.")
 @click.option(
     "--threads", type=click.IntRange(1), multiple=True, help="Thread counts.  [default: 1 and all cores]"
 )
 @OUT
-def bench_detect(bundle: str, model: Path | None, repeats: int, threads: tuple[int, ...], out: Path) -> None:
+def bench_detect(bundle: str, model: Path, repeats: int, threads: tuple[int, ...], out: Path) -> None:
     """Ours against the eager reference and a plain diffusers loop with the same probes; and time against
     probes.
     """
@@ -89,23 +94,25 @@ def bench_detect(bundle: str, model: Path | None, repeats: int, threads: tuple[i
 @click.option(
     "--checks", type=click.IntRange(100), default=10_000, show_default=True, help="Checks of the slope."
 )
+@MODEL
 @OUT
-def bench_memory(bundle: str, checks: int, out: Path) -> None:
+def bench_memory(bundle: str, checks: int, model: Path, out: Path) -> None:
     """Peak memory of a screening process, and its growth over many checks."""
     from safelight.bench.memory import measure
 
-    _report(measure(bundle, checks=checks), out / "memory.csv")
+    _report(measure(bundle, checks=checks, model=model), out / "memory.csv")
 
 
 @bench.command("startup")
 @BUNDLE
 @click.option("--repeats", type=click.IntRange(3), default=10, show_default=True, help="Fresh processes.")
+@MODEL
 @OUT
-def bench_startup(bundle: str, repeats: int, out: Path) -> None:
+def bench_startup(bundle: str, repeats: int, model: Path, out: Path) -> None:
     """Time of `import safelight` and of a cold `safelight screen`."""
     from safelight.bench.startup import measure
 
-    _report(measure(bundle, repeats=repeats), out / "startup.csv")
+    _report(measure(bundle, repeats=repeats, model=model), out / "startup.csv")
 
 
 @bench.command("export")
