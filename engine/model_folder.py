@@ -118,6 +118,10 @@ class ModelFolder:
         """The configuration of a part, as written."""
         return read_json(self.path / name / _CONFIGS.get(name, "config.json"))
 
+    def scaling_factor(self) -> float:
+        """What latents are multiplied by after encoding; AutoencoderKL's own default where none is given."""
+        return float(self.config("vae").get("scaling_factor", 0.18215))
+
     def one_step(self) -> OneStep:
         """The single call of the one-step model. Raises BundleError for a scheduler that the arithmetic does
         not know.

@@ -103,7 +103,7 @@ def _write(
         scheduler=folder.config("scheduler"),
         one_step=one_step,
         tokens=tokens,
-        picture=Picture(sizes.picture, sizes.latents, _scaling_factor(folder)),
+        picture=Picture(sizes.picture, sizes.latents, folder.scaling_factor()),
         checker=checker,
         guidance_scale=guidance_scale,
         distilled=folder.has_one_step or _is_turbo(folder),
@@ -176,10 +176,6 @@ def _entry(path: Path) -> FileEntry:
 def _source_name(model: Path) -> str:
     """The folder's name; `shapes` for the weights in the repository, which is what their bundle is called."""
     return SHIPPED if model.resolve() == MODEL_FOLDER.resolve() else model.resolve().name
-
-
-def _scaling_factor(folder: ModelFolder) -> float:
-    return float(folder.config("vae").get("scaling_factor", 0.18215))  # what AutoencoderKL takes by default
 
 
 def _is_turbo(folder: ModelFolder) -> bool:

@@ -2,6 +2,7 @@
 gets no other.
 """
 
+import json
 import runpy
 import shutil
 import sys
@@ -21,7 +22,7 @@ from safelight.engine.backends import BACKENDS, Stage, open_backend
 from safelight.engine.backends import onnxruntime as ort_backend
 from safelight.engine.bundle import Bundle, open_bundle
 from safelight.errors import BackendUnavailable, BundleError, ShapeError
-from safelight.manifest import GRAPHS, GraphEntry, TensorSpec
+from safelight.manifest import GRAPHS, GraphEntry, Manifest, TensorSpec
 
 HANDMADE = runpy.run_path(str(Path(__file__).with_name("handmade.py")))
 
@@ -336,6 +337,32 @@ def test_torch_runs_the_bundles_own_weights_or_none(
         open_backend("torch", bundle, model=model)
     file.unlink()
     with pytest.raises(BundleError, match="safety_checker"):
+        open_backend("torch", bundle, model=model)
+
+
+@pytest.mark.parametrize(
+    ("file", "change"),
+    [
+        ("scheduler/scheduler_config.json", {"beta_schedule": "linear"}),
+        ("feature_extractor/preprocessor_config.json", {"image_mean": [0.5, 0.5, 0.5]}),
+        ("vae/config.json", {"scaling_factor": 0.5}),
+    ],
+)
+def test_torch_runs_with_the_bundles_own_settings_or_none(
+    tiny_bundle: Path, tiny_model: Path, tmp_path: Path, file: str, change: dict
+) -> None:
+    model = Path(shutil.copytree(tiny_model, tmp_path / "other"))
+    (model / file).write_text(json.dumps(json.loads((model / file).read_text()) | change))
+    with pytest.raises(BundleError, match=f"other/{file.partition('/')[0]} has other settings"):
+        open_backend("torch", open_bundle(tiny_bundle), model=model)
+
+
+def test_a_stray_student_is_not_run(tiny_bundle: Path, tiny_model: Path, tmp_path: Path) -> None:
+    model = Path(shutil.copytree(tiny_model, tmp_path / "other"))
+    manifest = Manifest.load(tiny_bundle)
+    named = {name: value for name, value in manifest.source.weights.items() if "one_step" not in name}
+    bundle = Bundle(tiny_bundle, replace(manifest, source=replace(manifest.source, weights=named)))
+    with pytest.raises(BundleError, match="other/unet_one_step/.* is not the file that"):
         open_backend("torch", bundle, model=model)
 
 

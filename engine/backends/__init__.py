@@ -2,8 +2,8 @@
 guessed.
 
 A stage has five verbs. `spec` says what it takes and gives, `plan` allocates for given axis lengths, `run`
-computes and allocates no output, `device` says where, `close` lets go. An explicit request never falls back
-to another backend.
+computes and allocates no output, `device` says where, `close` lets go; `lanes` says how many runs may go
+on at once. An explicit request never falls back to another backend.
 """
 
 from collections.abc import Mapping

@@ -14,7 +14,7 @@ import torch
 
 from safelight.engine.backends import Array, Stage, axes_of, key_of, shape_of
 from safelight.engine.bundle import SHIPPED, Bundle
-from safelight.engine.eager import load_graph
+from safelight.engine.eager import Preprocessing, load_graph
 from safelight.engine.model_folder import ModelFolder
 from safelight.errors import BundleError, ShapeError
 from safelight.manifest import GraphEntry
@@ -107,10 +107,27 @@ def open_backend(bundle: Bundle, *, model: Path | None, threads: int | None) -> 
             f"name it with "
             "model= or --model"
         )
-    found = ModelFolder.open(folder).digests()
+    opened = ModelFolder.open(folder)
+    found = opened.digests()
     names = {*found, *source.weights}
     if odd := sorted(name for name in names if found.get(name) != source.weights.get(name)):
         raise BundleError(
             f"{folder / odd[0]} is not the file that {bundle.folder} was made from; export it again"
         )
+    _check_settings(bundle, opened)
     return TorchBackend(bundle, folder, threads)
+
+
+def _check_settings(bundle: Bundle, folder: ModelFolder) -> None:
+    """Raises BundleError where the settings beside the weights are not those the bundle was made with."""
+    manifest, seen = bundle.manifest, Preprocessing.read(folder)
+    checker = manifest.checker
+    for part, here, there in (
+        ("scheduler", folder.one_step(), manifest.one_step),
+        ("feature_extractor", (seen.size, seen.mean, seen.std), (checker.size, checker.mean, checker.std)),
+        ("vae", folder.scaling_factor(), manifest.picture.scaling_factor),
+    ):
+        if here != there:
+            raise BundleError(
+                f"{folder.path / part} has other settings than {bundle.folder} was made with; export it again"
+            )

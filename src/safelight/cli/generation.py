@@ -27,7 +27,7 @@ SOLVERS = ("ddim", "euler", "dpmpp_2m")  # those of safelight.schedule, which ne
 )
 @click.option("--guidance-scale", type=float, help="Classifier-free guidance.  [default: the bundle's]")
 @click.option("--solver", type=click.Choice(SOLVERS), help="Of the image.  [default: the bundle's]")
-@click.option("--seed", type=SEED, help="Makes verdict and image repeatable.")
+@click.option("--seed", type=SEED, help="Makes image and verdict repeatable, and predictable.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object per prompt.")
 @click.option("--fail-on-block", is_flag=True, help="Exit with code 3 if any prompt or image is blocked.")
 @model_options
