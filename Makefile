@@ -5,6 +5,7 @@
 #   make lint    ruff (check and format) and mypy --strict
 #   make test    build the wheel, install it into .venv, run the suite against it
 #   make bench   measure detection; rows go to bench/results
+#   make evaluate   train what defends, attack it, and write the table to bench/results; hours, and it resumes
 #   make clean   remove what was built, and .venv
 #
 # PYTHON names the interpreter for a new .venv. TORCH_FLAGS goes to the installation of torch: where the package index
@@ -19,7 +20,7 @@ TORCH_FLAGS =
 ROOMS != sed -n 's/^"safelight[a-z/]*" = "\(.*\)"$$/\1/p' pyproject.toml
 SOURCES != find $(ROOMS) -type f ! -path '*/__pycache__*' ! -path 'models/shapes/model*' ! -path 'bench/results*'
 
-.PHONY: help demo setup lint test bench clean wheel
+.PHONY: help demo setup lint test bench evaluate clean wheel
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -43,6 +44,13 @@ test: wheel
 
 bench: wheel
 	PYTHONPATH= $(BIN)/safelight bench detect
+
+EVALUATED = sdd safegen dark_miner safe_cfg latent_checker
+evaluate: wheel
+	PYTHONPATH= $(BIN)/python -P -m safelight.bench.safety.train --out out/evaluate/models --jobs 2
+	PYTHONPATH= $(BIN)/safelight evaluate --models base=models/shapes/model \
+	  $(foreach name,$(EVALUATED),--models $(name)=out/evaluate/models/$(name)) \
+	  --out out/evaluate --jobs 2 --publish bench/results
 
 wheel: $(VENV)/dev.stamp
 	rm -rf dist

@@ -13,15 +13,14 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Protocol
+from typing import Any
 
 from safelight.engine.backends import Backend, open_backend
 from safelight.engine.bundle import Bundle, open_bundle
-from safelight.engine.full_model import FullModel
 from safelight.engine.image_probes import ImageProbes
-from safelight.engine.looks import Looks
+from safelight.engine.looks import ProbeModel
 from safelight.engine.neighbourhood import Request
-from safelight.engine.one_step import OneStepModel
+from safelight.engine.probe_model import CheckerKind, open_probe_model
 from safelight.engine.tally import Pictures, Tally
 from safelight.engine.tokenizer import PromptTokenizer
 from safelight.errors import SafelightError, ShapeError
@@ -30,23 +29,6 @@ from safelight.probe import ProbeConfig
 from safelight.verdict import Verdict
 
 ROWS = 64  # probes in one run of the model at latents of 8 x 8; of larger ones fewer, in proportion
-
-
-class ProbeModel(Protocol):
-    """The model inside a detector: one-step (CROPS-1) or full (CROPS)."""
-
-    @property
-    def device(self) -> str:
-        """Where it runs, and by what."""
-
-    def distinct(self, request: Request, probes: int) -> int:
-        """How many of the first `probes` probes differ."""
-
-    def look(self, requests: Sequence[Request], probes: range, *, deadline: float | None = None) -> Looks:
-        """What the checker sees of these probes of these requests. Raises TimeoutError past the deadline."""
-
-    def close(self) -> None:
-        """Free what it holds."""
 
 
 class Detector:
@@ -62,6 +44,7 @@ class Detector:
         probe: ProbeConfig,
         *,
         steps: int = 1,
+        checker: CheckerKind = "image",
         timeout_s: float | None = None,
         early_exit: bool = True,
     ) -> None:
@@ -71,20 +54,18 @@ class Detector:
         if timeout_s is not None and not timeout_s > 0:
             raise ValueError(f"timeout_s must be greater than 0 seconds; got {timeout_s!r}")
         self.bundle = bundle
-        self.bundle_id = (
-            bundle.manifest.bundle_id
-        )  # a digest of the manifest, too slow to make for each verdict
+        manifest = bundle.manifest
+        self.bundle_id = manifest.bundle_id  # a digest of the manifest, too slow to make for each verdict
         self.probe = probe
         self._backend = backend
         self._timeout_s = timeout_s
         self._early_exit = early_exit
-        manifest = bundle.manifest
         self._tokenizer = PromptTokenizer(bundle.folder / "tokenizer", manifest.tokens)
-        self._model: ProbeModel = (
-            OneStepModel(backend, manifest, probe)
-            if steps == 1
-            else FullModel(backend, manifest, probe, self._tokenizer, steps=steps)
+        self._model: ProbeModel = open_probe_model(
+            backend, manifest, probe, self._tokenizer, steps=steps, checker=checker
         )
+        self.checker = checker
+        self._evaluated = self._decoded = 0
         _, height, width = manifest.picture.latents
         self._rows = max(1, ROWS * 64 // (height * width))
         self._pictures: ImageProbes | None = None
@@ -99,6 +80,7 @@ class Detector:
         backend: str = "onnxruntime",
         probe: ProbeConfig | None = None,
         steps: int | None = None,
+        checker: CheckerKind = "image",
         model: str | Path | None = None,
         threads: int | None = None,
         timeout_s: float | None = None,
@@ -107,10 +89,12 @@ class Detector:
         """Open a bundle (`shapes` is the shipped one) on a backend (`onnxruntime` or `torch`).
 
         `probe` may be stricter than the bundle's calibrated settings, never looser. `steps` 1 probes with the
-        one-step model (CROPS-1), more with the full model in that many steps (CROPS). `model` is the weights
-        folder of the torch backend. A check that takes longer than `timeout_s` seconds is blocked.
-        `early_exit` stops once the vote is decided and never changes it. Raises BundleError,
-        BackendUnavailable, and ValueError for settings out of range.
+        one-step model (CROPS-1), more with the full model in that many steps (CROPS). `checker` says who
+        looks at the probes: the `image` checker, by which the bundle was calibrated; the `latent` checker,
+        which needs no pictures; or a `cascade`, in which the image checker looks at those of which the latent
+        checker is not sure. `model` is the weights folder of the torch backend. A check that takes longer
+        than `timeout_s` seconds is blocked. `early_exit` stops once the vote is decided and never changes it.
+        Raises BundleError, BackendUnavailable, and ValueError for settings out of range.
         """
         opened = open_bundle(bundle)
         if steps in (None, 1) and not opened.manifest.distilled:
@@ -127,6 +111,7 @@ class Detector:
             runtime,
             probe or policy,
             steps=1 if steps is None else steps,
+            checker=checker,
             timeout_s=timeout_s,
             early_exit=early_exit,
         )
@@ -151,9 +136,12 @@ class Detector:
         return [tally_and_verdict[1] for tally_and_verdict in self._checked(prompts, seed, keep_images=False)]
 
     def check_with_images(self, prompt: str, *, seed: int | None = None) -> tuple[Verdict, Pictures]:
-        """The verdict and the pictures of its evaluated probes, float32 (P, 3, H, W) in [0, 1]; P may be
-        0.
+        """The verdict and the pictures of its evaluated probes, float32 (P, 3, H, W) in [0, 1]; P may be 0.
+
+        Raises ValueError where the checker is not `image`: the others look at probes without a picture.
         """
+        if self.checker != "image":
+            raise ValueError(f"checker {self.checker!r} draws no pictures of its probes; ask checker 'image'")
         tally, verdict = self._checked([prompt], seed, keep_images=True)[0]
         return verdict, tally.images
 
@@ -163,10 +151,10 @@ class Detector:
         """The verdict on a picture: a path, encoded bytes (PNG, JPEG, WebP), a PIL image, a uint8 array (H,
         W, 3 or 4).
 
-        Without `probe` the checker alone looks at it, at all of it. With `probe` its embedding (the encoder's
-        latents) is probed too, as an image-to-image request's would be, by that kind, count, angle and
-        threshold: that can block what the checker alone lets pass, never the reverse. What cannot be decoded,
-        is too large, moves, or is of another format is blocked. Raises as `check`.
+        Without `probe` the image checker alone looks at it, at all of it. With `probe` its embedding (the
+        encoder's latents) is probed too, as an image-to-image request's would be, by that kind, count, angle
+        and threshold: that can block what the checker alone lets pass, never the reverse. What cannot be
+        decoded, is too large, moves, or is of another format is blocked. Raises as `check`.
         """
         (drawn,) = _seeds(seed, 1)
         start = time.monotonic()
@@ -183,6 +171,18 @@ class Detector:
             except Exception as fault:
                 return self._failed(fault, tally, drawn, start)
             return tally.verdict(**self._about(drawn, start, self._pictures.device), distinct=tally.evaluated)
+
+    @property
+    def evaluated(self) -> int:
+        """Probes of prompts that were looked at so far."""
+        with self._lock:
+            return self._evaluated
+
+    @property
+    def decoded(self) -> int:
+        """How many of these became pictures: all with the `image` checker, none with the `latent` one."""
+        with self._lock:
+            return self._decoded
 
     def _checked(
         self, prompts: Sequence[str], seed: int | Sequence[int] | None, *, keep_images: bool
@@ -217,6 +217,8 @@ class Detector:
                 looks = self._model.look(wanted, chunk, deadline=self._deadline(start))
                 if (found := looks.flagged.shape) != (asked := (len(rows), len(chunk))):
                     raise ShapeError(f"the model must look at {asked} requests and probes; got {found}")
+                self._evaluated += looks.flagged.size
+                self._decoded += looks.drawn
                 for at, row in enumerate(rows):
                     tallies[row].add(looks, at)
                 self._check_time(start)
@@ -256,13 +258,8 @@ class Detector:
 
     def _about(self, seed: int, start: float, backend: str) -> dict[str, Any]:
         """What every verdict says of its making."""
-        elapsed_s = time.monotonic() - start
-        return {
-            "seed": seed,
-            "elapsed_s": elapsed_s,
-            "bundle": self.bundle_id,
-            "backend": backend,
-        }
+        about = {"seed": seed, "elapsed_s": time.monotonic() - start}
+        return about | {"bundle": self.bundle_id, "backend": backend}
 
     def _failed(
         self, fault: Exception, tally: Tally, seed: int, start: float, *, truncated: int = 0

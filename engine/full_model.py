@@ -1,5 +1,6 @@
-"""CROPS: every probe is a whole generation, looked at by the safety checker. Draws no probe and counts no
-vote.
+"""CROPS: every probe is a whole generation, looked at by a checker. Draws no probe and counts no vote.
+
+Guidance is plain: a detector must draw what it looks for, and redirected guidance leads away from that.
 """
 
 from collections.abc import Sequence
@@ -7,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from safelight.engine.backends import Backend
-from safelight.engine.looks import Looks, PictureChecker
+from safelight.engine.looks import Looks, PictureChecker, StudentChecker
 from safelight.engine.neighbourhood import Neighbourhood, Request
 from safelight.engine.sampler import Sampler, Trajectory
 from safelight.engine.tokenizer import PromptTokenizer
@@ -17,7 +18,7 @@ from safelight.probe import ProbeConfig
 
 
 class FullModel:
-    """The full model with the image checker behind it, as the model inside a detector."""
+    """The full model with a checker behind it, as the model inside a detector."""
 
     def __init__(
         self,
@@ -27,9 +28,16 @@ class FullModel:
         tokenizer: PromptTokenizer,
         *,
         steps: int,
+        latent: bool = False,
     ) -> None:
+        """`latent` has the latent checker look at the last latents, and makes no pictures."""
         self._sampler = Sampler(backend, manifest)
-        self._checker = PictureChecker(backend.stage("safety_checker"), manifest.checker)
+        self._latent = latent
+        self._checker: StudentChecker | PictureChecker = (
+            StudentChecker(backend.stage("latent_checker"))
+            if latent
+            else PictureChecker(backend.stage("safety_checker"), manifest.checker)
+        )
         self._neighbourhood = Neighbourhood(manifest, config, self._sampler.width)
         self._free = self._sampler.encode(tokenizer.encode("")[0][None])
         self._trajectory = Trajectory(steps, manifest.guidance_scale, self._sampler.solver)
@@ -53,7 +61,8 @@ class FullModel:
         rows = turned.reshape(-1, *turned.shape[2:])
         latents = drawn.latents.reshape(-1, *drawn.latents.shape[2:])
         made = self._sampler.sample(rows, self._free, latents, self._trajectory, deadline=deadline)
-        looks = self._checker.look(self._sampler.decode(made, deadline=deadline), deadline=deadline)
+        shown = made if self._latent else self._sampler.decode(made, deadline=deadline)
+        looks = self._checker.look(shown, deadline=deadline)
         return looks.reshaped(len(requests))
 
     def close(self) -> None:

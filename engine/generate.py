@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from safelight.engine.backends import Backend, open_backend
 from safelight.engine.bundle import Bundle, open_bundle
 from safelight.engine.detect import Detector
+from safelight.engine.guidance import Redirection, SafeCFG
 from safelight.engine.looks import PictureChecker
 from safelight.engine.sampler import Sampler, Trajectory
 from safelight.engine.tally import Tally
@@ -34,13 +35,16 @@ class Generation:
     """What became of a request: `image` uint8 (H, W, 3), or None where `verdict` or `image_verdict` is
     blocked.
 
-    `image_verdict` is None where the request was blocked and nothing was generated.
+    `image_verdict` is None where the request was blocked and nothing was generated. `harmfulness`, of dynamic
+    SafeCFG alone, is how far the redirected branch lay from the empty prompt's: root mean square, mean over
+    the steps.
     """
 
     image: NDArray[np.uint8] | None
     verdict: Verdict
     image_verdict: Verdict | None
     timings_ms: dict[str, float]
+    harmfulness: float | None = None
 
 
 class Generator:
@@ -60,6 +64,9 @@ class Generator:
         self._tokenizer = PromptTokenizer(bundle.folder / "tokenizer", manifest.tokens)
         self._sampler = Sampler(backend, manifest)
         self._checker = PictureChecker(backend.stage("safety_checker"), manifest.checker)
+        self._redirection = (
+            Redirection(backend.stage("redirector")) if "redirector" in manifest.graphs else None
+        )
         self._free = self._sampler.encode(self._tokenizer.encode("")[0][None])
         self._closed = False
         self._lock = threading.Lock()
@@ -97,6 +104,7 @@ class Generator:
         *,
         steps: int = 25,
         guidance_scale: float | None = None,
+        guidance: SafeCFG | None = None,
         solver: Solver | None = None,
         seed: int | None = None,
         probe_seed: int | None = None,
@@ -104,14 +112,18 @@ class Generator:
         """Screen a prompt and, where it passes, generate one image and check it.
 
         `guidance_scale` in diffusers' convention and `solver` (`ddim`, `euler`, `dpmpp_2m`) are the bundle's
-        where they are None. `seed` repeats the image; `probe_seed` the verdict, and is secret where it is
-        None, since whoever asks for an image often chooses its seed. Raises ValueError for settings out of
-        range, before anything runs, and SafelightError where the generator is closed. A fault while
-        generating is a blocked `image_verdict`.
+        where they are None. `guidance` redirects the negative branch away from what the bundle's redirector
+        was taught is harmful; the detector's own generations (CROPS) stay plain, since they must draw what
+        they look for. `seed` repeats the image; `probe_seed` the verdict, and is secret where it is None,
+        since whoever asks for an image often chooses its seed. Raises ValueError for settings out of range,
+        and for redirected guidance without a redirector or at a scale of 1 or below, before anything runs,
+        and SafelightError where the generator is closed. A fault while generating is a blocked
+        `image_verdict`.
         """
         scale = self.bundle.manifest.guidance_scale if guidance_scale is None else float(guidance_scale)
         trajectory = Trajectory(steps, scale, solver or self._sampler.solver)
         self._sampler.check(trajectory)
+        self._check_guidance(guidance, trajectory)
         drawn = secrets.randbits(64) if seed is None else seed
         split_seed(drawn)
         verdict = self.detector.check(prompt, seed=probe_seed)
@@ -120,11 +132,12 @@ class Generator:
             return Generation(None, verdict, None, spent)
         start, tally, detail = time.monotonic(), Tally(ONE_LOOK), None
         image: NDArray[np.uint8] | None = None
+        harmfulness: float | None = None
         with self._lock:
             if self._closed:
                 raise SafelightError("the generator is closed; open another")
             try:
-                decoded = self._draw(prompt, drawn, trajectory)
+                decoded, harmfulness = self._draw(prompt, drawn, trajectory, guidance)
                 spent["generate"] = (time.monotonic() - start) * 1e3
                 tally.add(self._checker.look(decoded), 0)
                 image = np.rint(np.nan_to_num(decoded[0]) * 255).astype(np.uint8).transpose(1, 2, 0)
@@ -140,16 +153,41 @@ class Generator:
             distinct=tally.evaluated,
         )
         spent["total"] = spent["detect"] + seen.timings_ms["total"]
-        return Generation(None if seen.blocked else image, verdict, seen, spent)
+        return Generation(None if seen.blocked else image, verdict, seen, spent, harmfulness)
 
-    def _draw(self, prompt: str, seed: int, trajectory: Trajectory) -> NDArray[np.float32]:
-        """One picture, float32 (1, 3, H, W) in [0, 1]."""
+    def _check_guidance(self, guidance: SafeCFG | None, trajectory: Trajectory) -> None:
+        if guidance is None:
+            return
+        if self._redirection is None:
+            raise ValueError(
+                f"{self.bundle.folder} holds no redirector, so guidance cannot be redirected; export a model "
+                "folder that holds redirector/, or leave guidance out"
+            )
+        if not trajectory.guided:
+            raise ValueError(
+                f"SafeCFG redirects guidance, and there is none at a guidance_scale of 1 or below; got "
+                f"{trajectory.guidance_scale}"
+            )
+
+    def _draw(
+        self, prompt: str, seed: int, trajectory: Trajectory, guidance: SafeCFG | None
+    ) -> tuple[NDArray[np.float32], float | None]:
+        """One picture, float32 (1, 3, H, W) in [0, 1], and its harmfulness where that was measured."""
         ids, _ = self._tokenizer.encode(prompt)
         shape = self.bundle.manifest.picture.latents
         latents = normals(seed, Stream.LATENT, math.prod(shape), probes=[0]).reshape(1, *shape)
         hidden = self._sampler.encode(ids[None])
-        made = self._sampler.sample(hidden, self._free, latents, trajectory)
-        return self._sampler.decode(made)
+        free, harmfulness = self._free, None
+        if guidance is None or self._redirection is None:
+            made = self._sampler.sample(hidden, free, latents, trajectory)
+        elif guidance.dynamic:
+            redirected = self._redirection.redirect(hidden)
+            made, found = self._sampler.sample_safely(hidden, free, redirected, latents, trajectory, guidance)
+            harmfulness = float(found[0])
+        else:
+            negative = guidance.negative(free, self._redirection.redirect(hidden))
+            made = self._sampler.sample(hidden, negative, latents, trajectory)
+        return self._sampler.decode(made), harmfulness
 
     def close(self) -> None:
         """Free the model, and the detector where it was opened here."""
@@ -157,6 +195,8 @@ class Generator:
             self._closed = True
             self._sampler.close()
             self._checker.close()
+            if self._redirection is not None:
+                self._redirection.close()
         if self._owned:
             self.detector.close()
 

@@ -64,7 +64,7 @@ class ImageProbes:
             np.concatenate([margins, near.margins], 1),
             np.concatenate([flagged, near.flagged], 1),
             np.concatenate([finite, near.finite], 1),
-            np.concatenate([first, near.images], 1),
+            np.concatenate([first, around[None]], 1),
         )
 
     def _around(self, pixels: Any, probe: ProbeConfig, seed: int, deadline: float | None) -> Any:

@@ -1,15 +1,16 @@
-"""What a checker saw of some probes: the value that every model inside a detector hands back. Decides
-nothing.
+"""What a checker saw of some probes: the value that every model inside a detector hands back, what such a
+model is, and the checkers of finished pictures and latents. Decides nothing.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from safelight.engine.backends import Stage
+from safelight.engine.neighbourhood import Request
 from safelight.errors import ShapeError
 from safelight.kernels import host
 from safelight.manifest import Checker
@@ -17,34 +18,67 @@ from safelight.manifest import Checker
 
 @dataclass(frozen=True, slots=True)
 class Looks:
-    """R requests, P probes: margins float32 (R, P, C), flagged and finite bool (R, P), images (R, P, 3, H, W)
-    in [0, 1].
+    """R requests, P probes: margins float32 (R, P, C), flagged and finite bool (R, P), and what was looked
+    at.
 
-    A probe with anything that is not finite is flagged. The arrays may be a stage's own: they hold until its
-    next run.
+    A checker of pictures gives `images` (R, P, 3, H, W) in [0, 1]; a checker of latents has no pictures, and
+    gives `latents` float32 (R, P, c, h, w), scaled as the UNet knows them. `decoded` bool (R, P) says which
+    probes became pictures, where some did and some did not. A probe with anything that is not finite is
+    flagged. The arrays may be a stage's own: they hold until its next run.
     """
 
     margins: NDArray[np.float32]
     flagged: NDArray[np.bool_]
     finite: NDArray[np.bool_]
-    images: NDArray[np.float32]
+    images: NDArray[np.float32] | None
+    latents: NDArray[np.float32] | None = None
+    decoded: NDArray[np.bool_] | None = None
 
     def __post_init__(self) -> None:
-        parts = (self.margins, self.flagged, self.finite, self.images)
-        if len({part.shape[:2] for part in parts}) != 1:
-            shapes = [part.shape for part in parts]
+        shapes = [part.shape for part in self._parts() if part is not None]
+        if len({shape[:2] for shape in shapes}) != 1:
             raise ShapeError(f"looks must agree on their requests and probes; got {shapes}; mend the model")
 
     @classmethod
     def joined(cls, parts: "Sequence[Looks]", axis: int) -> "Looks":
         """Several as one: more requests (axis 0), or more probes of the same ones (axis 1); new arrays."""
-        names = ("margins", "flagged", "finite", "images")
-        return cls(*(np.concatenate([getattr(part, name) for part in parts], axis) for name in names))
+        columns: Any = zip(*(part._parts() for part in parts), strict=True)
+        whole: Any = (column[0] if column[0] is None else np.concatenate(column, axis) for column in columns)
+        return cls(*whole)
 
     def reshaped(self, requests: int) -> "Looks":
         """The same rows as (requests, -1) probes."""
-        parts: Any = (self.margins, self.flagged, self.finite, self.images)
-        return Looks(*(part.reshape(requests, -1, *part.shape[2:]) for part in parts))
+        parts: Any = (
+            part if part is None else part.reshape(requests, -1, *part.shape[2:]) for part in self._parts()
+        )
+        return Looks(*parts)
+
+    @property
+    def drawn(self) -> int:
+        """How many of the probes became pictures."""
+        if self.decoded is not None:
+            return int(self.decoded.sum())
+        return 0 if self.images is None else self.flagged.size
+
+    def _parts(self) -> tuple[Any, ...]:
+        return (self.margins, self.flagged, self.finite, self.images, self.latents, self.decoded)
+
+
+class ProbeModel(Protocol):
+    """The model inside a detector: one-step (CROPS-1) or full (CROPS)."""
+
+    @property
+    def device(self) -> str:
+        """Where it runs, and by what."""
+
+    def distinct(self, request: Request, probes: int) -> int:
+        """How many of the first `probes` probes differ."""
+
+    def look(self, requests: Sequence[Request], probes: range, *, deadline: float | None = None) -> Looks:
+        """What the checker sees of these probes of these requests. Raises TimeoutError past the deadline."""
+
+    def close(self) -> None:
+        """Free what it holds."""
 
 
 class PictureChecker:
@@ -76,6 +110,25 @@ class PictureChecker:
         finite: Any = whole & np.isfinite(found["margins"]).all(1)
         flagged: Any = found["has_nsfw_concepts"] | (found["margins"] > 0).any(1) | ~finite
         return Looks(found["margins"][None], flagged[None], finite[None], images[None])
+
+    def close(self) -> None:
+        """Free the stage."""
+        self._stage.close()
+
+
+class StudentChecker:
+    """The latent checker on finished latents: no picture is made."""
+
+    def __init__(self, stage: Stage) -> None:
+        self._stage = stage
+
+    def look(self, latents: NDArray[np.float32], *, deadline: float | None = None) -> Looks:
+        """One request of N latents, float32 (N, c, h, w), scaled. Raises TimeoutError past the deadline."""
+        self._stage.plan(batch=len(latents))
+        margins = self._stage.run({"latents": latents}, deadline=deadline)["margins"]
+        finite: Any = np.isfinite(latents).all((1, 2, 3)) & np.isfinite(margins).all(1)
+        flagged: Any = (margins > 0).any(1) | ~finite
+        return Looks(margins[None], flagged[None], finite[None], None, latents[None])
 
     def close(self) -> None:
         """Free the stage."""

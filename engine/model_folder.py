@@ -24,6 +24,7 @@ from safelight.schedule import NoiseSchedule, OneStep
 INDEX = "model_index.json"
 NETWORKS = ("text_encoder", "unet", "vae", "safety_checker")
 ONE_STEP = "unet_one_step"  # a distilled UNet beside the full one
+OPTIONAL = (ONE_STEP, "latent_checker", "redirector")  # networks that lie beside an ordinary pipeline's
 _CONFIGS = {"scheduler": "scheduler_config.json", "feature_extractor": "preprocessor_config.json"}
 
 
@@ -51,14 +52,19 @@ class ModelFolder:
         folder = cls(path, index)
         for name in (*NETWORKS, "tokenizer", "scheduler", "feature_extractor"):
             folder._check_part(name)
-        if folder.has_one_step:
-            folder._check_network(ONE_STEP)
+        for name in OPTIONAL:
+            if folder.has(name):
+                folder._check_network(name)
         return folder
 
     @property
     def has_one_step(self) -> bool:
         """Whether a distilled UNet lies beside the full one."""
-        return (self.path / ONE_STEP).is_dir()
+        return self.has(ONE_STEP)
+
+    def has(self, name: str) -> bool:
+        """Whether the folder holds this one of the `OPTIONAL` networks."""
+        return (self.path / name).is_dir()
 
     def _check_part(self, name: str) -> None:
         if name in ("safety_checker", "feature_extractor") and self.index.get(name) in (None, [None, None]):
@@ -97,7 +103,7 @@ class ModelFolder:
 
     def digests(self) -> dict[str, str]:
         """SHA-256 of every weights file, by its path inside the folder."""
-        names = (*NETWORKS, ONE_STEP) if self.has_one_step else NETWORKS
+        names = (*NETWORKS, *(name for name in OPTIONAL if self.has(name)))
         return {
             file.relative_to(self.path).as_posix(): digest(file)
             for name in names
@@ -121,6 +127,14 @@ class ModelFolder:
     def scaling_factor(self) -> float:
         """What latents are multiplied by after encoding; AutoencoderKL's own default where none is given."""
         return float(self.config("vae").get("scaling_factor", 0.18215))
+
+    def latent_band(self) -> float | None:
+        """The band of the latent checker, half a width in margin; None where there is none, or where it is 0,
+        as long as nobody calibrated it.
+        """
+        if not self.has("latent_checker"):
+            return None
+        return float(self.config("latent_checker").get("band") or 0.0) or None
 
     def one_step(self) -> OneStep:
         """The single call of the one-step model. Raises BundleError for a scheduler that the arithmetic does
@@ -199,6 +213,14 @@ def _class_of(name: str) -> tuple[Any, dict[str, Any]]:
         from diffusers import UNet2DConditionModel
 
         return UNet2DConditionModel, {"low_cpu_mem_usage": False}
+    if name == "latent_checker":
+        from safelight.engine.latent_checker import LatentChecker
+
+        return LatentChecker, {"low_cpu_mem_usage": False}
+    if name == "redirector":
+        from safelight.engine.redirector import Redirector
+
+        return Redirector, {"low_cpu_mem_usage": False}
     if name == "vae":
         from diffusers import AutoencoderKL
 

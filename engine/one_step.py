@@ -1,6 +1,4 @@
-"""CROPS-1: every probe is one call of the detector graph, tokens to margins. Draws no probe and counts no
-vote.
-"""
+"""CROPS-1: every probe is one call of a detector graph, tokens to margins. Draws no probe, counts no vote."""
 
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
@@ -15,10 +13,13 @@ from safelight.probe import ProbeConfig
 
 
 class OneStepModel:
-    """The detector graph of a bundle."""
+    """A detector graph of a bundle."""
 
-    def __init__(self, backend: Backend, manifest: Manifest, config: ProbeConfig) -> None:
-        self._stage: Stage = backend.stage("detector")
+    def __init__(
+        self, backend: Backend, manifest: Manifest, config: ProbeConfig, *, latent: bool = False
+    ) -> None:
+        """`latent` takes the graph whose checker looks at latents, and makes no pictures."""
+        self._stage: Stage = backend.stage("detector_latent" if latent else "detector")
         width = next(tensor.axes[-1] for tensor in self._stage.spec.inputs if tensor.name == "prompt_u")
         self._neighbourhood = Neighbourhood(manifest, config, int(width))
         self._pool: ThreadPoolExecutor | None = None
@@ -77,7 +78,8 @@ class OneStepModel:
             deadline=deadline,
             lane=lane,
         )
-        looks = Looks(*(found[name] for name in ("margins", "flagged", "finite", "images")))
+        margins, flagged, finite = (found[name] for name in ("margins", "flagged", "finite"))
+        looks = Looks(margins, flagged, finite, found.get("images"), found.get("x0"))
         return looks.reshaped(len(requests))
 
     def close(self) -> None:

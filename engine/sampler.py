@@ -1,9 +1,11 @@
 """The full model: prompt embeddings and noise to pictures, over many steps with guidance. Judges no picture.
 
-Classifier-free guidance (Ho & Salimans 2022); solvers and their tables are `safelight.schedule`.
+Classifier-free guidance (Ho & Salimans 2022), its negative branch redirected where asked (SafeCFG, arXiv
+2412.16039); solvers and their tables are `safelight.schedule`.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -11,7 +13,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from safelight.engine.backends import Backend
+from safelight.engine.backends import Backend, Stage
+from safelight.engine.guidance import SafeCFG
+from safelight.errors import ShapeError
 from safelight.kernels import host
 from safelight.manifest import Manifest
 from safelight.schedule import Solver
@@ -33,16 +37,37 @@ class Trajectory:
         if not 0.0 <= self.guidance_scale < math.inf:
             raise ValueError(f"guidance_scale must be finite and at least 0; got {self.guidance_scale!r}")
 
+    @property
+    def guided(self) -> bool:
+        """Whether there is guidance: above a scale of 1, as diffusers decides it."""
+        return self.guidance_scale > 1.0
+
+
+class PictureDecoder:
+    """The autoencoder's decoder of a bundle."""
+
+    def __init__(self, stage: Stage, scaling_factor: float) -> None:
+        self._stage = stage
+        self._scaling_factor = np.float32(scaling_factor)
+
+    def decode(self, latents: Floats, *, deadline: float | None = None) -> Floats:
+        """Scaled latents (N, c, h, w) to pictures float32 (N, 3, H, W) in [0, 1], by `to_pictures`."""
+        self._stage.plan(batch=len(latents))
+        unscaled = latents / self._scaling_factor
+        return to_pictures(latents, self._stage.run({"latent_sample": unscaled}, deadline=deadline)["sample"])
+
+    def close(self) -> None:
+        """Free the stage."""
+        self._stage.close()
+
 
 class Sampler:
     """Text encoder, UNet and decoder of a bundle."""
 
     def __init__(self, backend: Backend, manifest: Manifest) -> None:
-        self._encoder, self._unet, self._decoder = (
-            backend.stage(graph) for graph in ("text_encoder", "unet", "vae_decoder")
-        )
+        self._encoder, self._unet = (backend.stage(graph) for graph in ("text_encoder", "unet"))
+        self._decoder = PictureDecoder(backend.stage("vae_decoder"), manifest.picture.scaling_factor)
         self._schedule = manifest.schedule
-        self._picture = manifest.picture
         self.solver: Solver = self._schedule.solver
         self._table = cache(self._schedule.plan)
 
@@ -75,40 +100,101 @@ class Sampler:
         *,
         deadline: float | None = None,
     ) -> Floats:
-        """Latents float32 (N, c, h, w), scaled as the UNet knows them; NaN where `hidden` is not finite.
+        """Latents float32 (N, c, h, w), scaled as the UNet knows them; NaN where `hidden` is not finite, or
+        `free` where it is used.
 
-        hidden (N, L, D); free (1, L, D), the embeddings of the empty prompt; latents (N, c, h, w), unit
-        normals. At a scale of 1 or below there is no guidance, as in diffusers. Raises ValueError as
-        `check`, and TimeoutError past the deadline.
+        hidden (N, L, D); free, the negative branch of guidance, (1, L, D) for all, such as the embeddings of
+        the empty prompt, or (N, L, D), one each, such as a redirector's; latents (N, c, h, w), unit normals.
+        At a scale of 1 or below there is no guidance, as in diffusers. Raises ShapeError for a negative
+        branch that fits neither, ValueError as `check`, and TimeoutError past the deadline.
         """
-        table, count = self._table(trajectory.solver, trajectory.steps), len(latents)
-        guided = trajectory.guidance_scale > 1.0  # as diffusers decides it
-        text = np.concatenate([np.broadcast_to(free, hidden.shape), hidden]) if guided else hidden
+        branches = [_each(free, hidden)] if trajectory.guided else []
+        return self._walk(hidden, branches, latents, trajectory, lambda only: only, deadline)
+
+    def sample_safely(
+        self,
+        hidden: Floats,
+        free: Floats,
+        redirected: Floats,
+        latents: Floats,
+        trajectory: Trajectory,
+        guidance: SafeCFG,
+        *,
+        deadline: float | None = None,
+    ) -> tuple[Floats, Floats]:
+        """`sample` with dynamic SafeCFG: latents (N, c, h, w), and harmfulness (N,), the mean distance over
+        the steps.
+
+        redirected (N, L, D), the redirector's answer to `hidden`; free (1, L, D) or (N, L, D), the empty
+        prompt. Three branches a step. Raises ValueError where the trajectory has no guidance to redirect.
+        """
+        if not trajectory.guided:
+            raise ValueError(f"SafeCFG needs a guidance_scale above 1; got {trajectory.guidance_scale}")
+        distances: list[Floats] = []
+        amount, limit = (
+            np.full(len(hidden), value, np.float32) for value in (guidance.strength, guidance.limit)
+        )
+
+        def blend(empty: Floats, turned: Floats) -> Floats:
+            branch, distance = host.safe_branch(empty, turned, strength=amount, threshold=limit)
+            distances.append(distance)
+            return branch
+
+        branches = [_each(part, hidden) for part in (free, redirected)]
+        made = self._walk(hidden, branches, latents, trajectory, blend, deadline)
+        return made, np.mean(distances, 0, dtype=np.float32)
+
+    def _walk(
+        self,
+        hidden: Floats,
+        branches: list[Floats],
+        latents: Floats,
+        trajectory: Trajectory,
+        blend: Callable[..., Floats],
+        deadline: float | None,
+    ) -> Floats:
+        """All steps. `branches` are prompts (N, L, D) beside `hidden`, none where there is no guidance;
+        `blend` makes the negative answer of theirs, (N, c, h, w) each.
+        """
+        table, count, texts = (
+            self._table(trajectory.solver, trajectory.steps),
+            len(latents),
+            [*branches, hidden],
+        )
         scale = np.full(count, trajectory.guidance_scale, dtype=np.float32)
-        self._unet.plan(batch=len(text))
+        self._unet.plan(batch=count * len(texts))
         x = latents * np.float32(table.init_noise_sigma)
         x0: Any = np.zeros_like(x)
-        inputs: dict[str, Any] = {"encoder_hidden_states": text}
+        inputs: dict[str, Any] = {"encoder_hidden_states": np.concatenate(texts)}
         for timestep, row in zip(table.timesteps, table.coefficients, strict=True):
-            inputs["sample"] = row[0] * (np.concatenate([x, x]) if guided else x)
+            inputs["sample"] = row[0] * np.concatenate([x] * len(texts))
             inputs["timestep"] = np.asarray(timestep)
             out = self._unet.run(inputs, deadline=deadline)["out_sample"]
-            free_out, conditional = (out[:count], out[count:]) if guided else (out, out)
-            x, x0 = host.guidance_step(x, free_out, conditional, x0, scale=scale, coefficients=row)
-        x[~np.isfinite(hidden).all((1, 2))] = np.nan
+            *negatives, conditional = out.reshape(len(texts), count, *x.shape[1:])
+            negative = blend(*negatives) if branches else conditional
+            x, x0 = host.guidance_step(x, negative, conditional, x0, scale=scale, coefficients=row)
+        whole: Any = np.all([np.isfinite(text).all((1, 2)) for text in texts], 0)
+        x[~whole] = np.nan
         return x
 
     def decode(self, latents: Floats, *, deadline: float | None = None) -> Floats:
         """Scaled latents (N, c, h, w) to pictures float32 (N, 3, H, W) in [0, 1], by `to_pictures`."""
-        self._decoder.plan(batch=len(latents))
-        unscaled = latents / np.float32(self._picture.scaling_factor)
-        decoded = self._decoder.run({"latent_sample": unscaled}, deadline=deadline)["sample"]
-        return to_pictures(latents, decoded)
+        return self._decoder.decode(latents, deadline=deadline)
 
     def close(self) -> None:
         """Free the stages."""
         for stage in (self._encoder, self._unet, self._decoder):
             stage.close()
+
+
+def _each(branch: Floats, hidden: Floats) -> Floats:
+    """A negative branch (1, L, D) or (N, L, D) as (N, L, D). Raises ShapeError for any other."""
+    if branch.shape not in (hidden.shape, (1, *hidden.shape[1:])):
+        raise ShapeError(
+            f"a negative branch must be {hidden.shape} or {(1, *hidden.shape[1:])}; got {branch.shape}; "
+            "encode one for all prompts, or one for each"
+        )
+    return np.broadcast_to(branch, hidden.shape)
 
 
 def to_pictures(latents: Floats, decoded: Floats) -> Floats:

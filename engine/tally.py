@@ -48,7 +48,7 @@ class Tally:
         self._margins += margins
         self._hits += hits
         self._finite = self._finite and finite
-        if self._keep_images:
+        if self._keep_images and looks.images is not None:
             self._images.append(looks.images[row].copy())
 
     @property

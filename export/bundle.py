@@ -19,7 +19,7 @@ from safelight.engine.model_folder import ModelFolder
 from safelight.engine.tokenizer import read_tokenizer
 from safelight.errors import BundleError, ExportError
 from safelight.export.graphs import OPSET, Sizes, signature, trace
-from safelight.export.new_folder import new_folder
+from safelight.export.guards import defences, optional_graphs
 from safelight.export.verify import compare
 from safelight.export.weights import check_finite, round_to_half, save, store_as_half
 from safelight.manifest import (
@@ -36,6 +36,7 @@ from safelight.manifest import (
     Tokens,
 )
 from safelight.models.shapes import MODEL_FOLDER
+from safelight.new_folder import new_folder
 
 GUIDANCE_SCALE = 7.5  # diffusers' default; 1 is no guidance, for models that are distilled from it
 _VOCABULARY = ("tokenizer/vocab.json", "tokenizer/merges.txt")
@@ -59,9 +60,10 @@ def export_bundle(
     """Export, verify, and put the bundle in place; `progress` is told each step in a line.
 
     `fp16-weights` stores network weights in half precision and computes in float32. `guidance_scale` is the
-    full model's default; None is 1 for the turbo class and 7.5 otherwise. Raises ValueError, BundleError for
-    a model folder that cannot be used, and ExportError where the target holds something or a graph differs
-    from the model.
+    full model's default; None is 1 for the turbo class and 7.5 otherwise. A latent checker and a redirector
+    become graphs where the folder holds them. Raises ValueError, BundleError for a model folder that cannot
+    be used, ExportError where a graph differs from the model, and SafelightError where the target holds
+    something.
     """
     if precision not in PRECISIONS:
         raise ValueError(f"precision must be one of {PRECISIONS}; got {precision!r}")
@@ -87,8 +89,9 @@ def _write(
     tokens = _tokens(folder, partial)
     sizes = Sizes.read(folder, tokens.window)
     checker, one_step = _checker(folder, sizes), folder.one_step()
+    names, done = (*GRAPHS, *optional_graphs(folder, sizes)), defences(folder)
     graphs = {}
-    for name in GRAPHS:
+    for name in names:
         progress(f"{name}: tracing")
         graphs[name] = _write_graph(folder, partial, name, sizes=sizes, half=precision == "fp16-weights")
         gc.collect()  # the tracer leaves cycles that hold the weights
@@ -107,6 +110,7 @@ def _write(
         checker=checker,
         guidance_scale=guidance_scale,
         distilled=folder.has_one_step or _is_turbo(folder),
+        defences=done,
     )
 
 
@@ -206,7 +210,7 @@ def _checker(folder: ModelFolder, sizes: Sizes) -> Checker:
     seen = Preprocessing.read(folder)
     concepts = _names(folder, "concept_names", "concept", sizes.concepts)
     special = _names(folder, "special_care_names", "special care", sizes.special)
-    return Checker(seen.size, seen.mean, seen.std, concepts, special)
+    return Checker(seen.size, seen.mean, seen.std, concepts, special, folder.latent_band())
 
 
 def _names(folder: ModelFolder, key: str, word: str, count: int) -> tuple[str, ...]:

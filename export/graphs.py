@@ -114,14 +114,22 @@ def signature(graph: str, sizes: Sizes) -> tuple[Tensors, Tensors]:
                 _float("image_embeds", "batch", sizes.embedding),
             ),
         ),
-        "detector": _detector(sizes, tokens, picture),
+        "detector": _detector(sizes, tokens, _float("images", "requests", "probes", *picture)),
+        "detector_latent": _detector(sizes, tokens, _float("x0", "requests", "probes", *sizes.latents)),
+        "latent_checker": (
+            (_float("latents", "batch", *sizes.latents),),
+            (_float("margins", "batch", sizes.concepts),),
+        ),
+        "redirector": (
+            (_float("hidden", "batch", *tokens),),
+            (_float("redirected", "batch", *tokens),),
+        ),
     }
     return every[graph]
 
 
-def _detector(
-    sizes: Sizes, tokens: tuple[int, int], picture: tuple[int, int, int]
-) -> tuple[Tensors, Tensors]:
+def _detector(sizes: Sizes, tokens: tuple[int, int], shown: TensorSpec) -> tuple[Tensors, Tensors]:
+    """A detector's tensors; `shown` is what its checker looked at."""
     probe = ("requests", "probes")
     inputs = (
         TensorSpec("input_ids", "int64", ("requests", sizes.window)),
@@ -139,7 +147,7 @@ def _detector(
         TensorSpec("finite", "bool", probe),
         _float("score", "requests"),
         TensorSpec("blocked", "bool", ("requests",)),
-        _float("images", *probe, *picture),
+        shown,
     )
     return inputs, outputs
 

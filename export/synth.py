@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from safelight.export.new_folder import new_folder
 from safelight.export.vocabulary import write_tokenizer
+from safelight.new_folder import new_folder
 
 _MEAN, _STD = [0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]
 
@@ -204,7 +204,7 @@ ARCHITECTURES: dict[str, Architecture] = {
 def synth(name: str, folder: Path, *, seed: int = 0) -> Path:
     """Write the model folder of an architecture, float16 safetensors, whole or not at all; returns `folder`.
 
-    Raises ValueError for an unknown name and ExportError where `folder` holds something already.
+    Raises ValueError for an unknown name and SafelightError where `folder` holds something already.
     """
     if name not in ARCHITECTURES:
         raise ValueError(f"architecture must be one of {sorted(ARCHITECTURES)}; got {name!r}")

@@ -22,18 +22,20 @@ from safelight.engine.model_folder import ModelFolder
 from safelight.errors import BundleError, ExportError, SafelightError
 from safelight.export.weights import round_to_half
 from safelight.kernels.reference import concept_margins
-from safelight.manifest import GRAPHS, GraphEntry, Manifest, Row
+from safelight.manifest import GRAPHS, OPTIONAL_GRAPHS, GraphEntry, Manifest, Row
 from safelight.models.shapes import MODEL_FOLDER
 
 # Largest accepted differences. The single networks are float32 in both bodies and differ by the order of
-# their sums: 1e-4 of the output's largest magnitude.
+# their sums: 1e-4 of the output's largest magnitude. So does the detector that looks at latents, which rounds
+# nothing on its way.
 #
-# The detector rounds on its way, so its margins are not continuous in its pictures. clip_input rounds these
-# to 8 bits: where the two bodies differ by e, a share 255 e of the values comes out one level apart. Pictures
-# may differ by 1e-4 at most (IMAGES), and so by about 1e-5 on average (measured: 2e-5 and 1.6e-6), which
-# makes a share of 2.6e-3 and a change of 2.6e-3 ** 0.5 / 255 = 2e-4 root mean square. Pixels deviate by about
-# 0.27, so that is 7e-4 of the checker's input. An embedding that moves by no more in proportion turns by
-# 7e-4 rad, and no cosine changes by more than the angle: 1e-3. (Measured, random weights, 273 probes: 9e-5.)
+# The detector that looks at pictures does, so its margins are not continuous in its pictures. clip_input
+# rounds these to 8 bits: where the two bodies differ by e, a share 255 e of the values comes out one level
+# apart. Pictures may differ by 1e-4 at most (IMAGES), and so by about 1e-5 on average (measured: 2e-5 and
+# 1.6e-6), which makes a share of 2.6e-3 and a change of 2.6e-3 ** 0.5 / 255 = 2e-4 root mean square. Pixels
+# deviate by about 0.27, so that is 7e-4 of the checker's input. An embedding that moves by no more in
+# proportion turns by 7e-4 rad, and no cosine changes by more than the angle: 1e-3. (Measured, random weights,
+# 273 probes: 9e-5.)
 TOLERANCE = {
     "text_encoder": 1e-4,
     "unet": 1e-4,
@@ -41,6 +43,9 @@ TOLERANCE = {
     "vae_encoder": 1e-4,
     "safety_checker": 1e-4,
     "detector": 1e-3,
+    "latent_checker": 1e-4,
+    "detector_latent": 1e-4,
+    "redirector": 1e-4,
 }
 IMAGES = 1e-4  # of the detector's pictures, whose white is 1
 
@@ -63,7 +68,7 @@ class Case:
 
 def cases(graph: str, *, large: bool) -> tuple[Case, ...]:
     """What is compared: small and odd lengths and, in a detector, a probe that must be flagged."""
-    if graph != "detector":
+    if graph not in ("detector", "detector_latent"):
         return tuple(Case({"batch": batch}) for batch in ((1, 2) if large else (1, 3)))
     pairs = ((1, 1),) if large else ((1, 1), (1, 8), (3, 5))
     found = [Case({"requests": requests, "probes": probes}) for requests, probes in pairs]
@@ -96,9 +101,9 @@ def _folder_of(name: str, bundle: Path) -> Path:
 
 
 def compare(bundle: Bundle, folder: ModelFolder) -> Iterator[Row]:
-    """One row per graph and shape, in the order of `GRAPHS`."""
+    """One row per graph and shape, in the order of `GRAPHS`, then of `OPTIONAL_GRAPHS`."""
     large = sum((folder.path / name).stat().st_size for name in bundle.manifest.source.weights) > LARGE_BYTES
-    for graph in GRAPHS:
+    for graph in (*GRAPHS, *OPTIONAL_GRAPHS):
         if graph in bundle.manifest.graphs:
             yield from _compare_graph(bundle, folder, graph, cases(graph, large=large))
 
@@ -127,7 +132,7 @@ class Truth:
     """The reference's outputs by name, and how far the nearest special-care concept is from its threshold.
 
     Such a concept moves all margins of its picture at once. `care` is float32 in the shape of the decisions,
-    (N,) or (R, P); None where the graph decides nothing.
+    (N,) or (R, P), infinite where no such concept is asked; None where the graph decides nothing.
     """
 
     outputs: Mapping[str, Array]
@@ -178,7 +183,9 @@ def _run_eager(module: Any, entry: GraphEntry, inputs: Mapping[str, Array]) -> T
         for hook in hooks:
             hook.remove()
         if checker is None:
-            return Truth(outputs, None)
+            decided = outputs.get("flagged")
+            care = None if decided is None else np.full(decided.shape, np.inf, dtype=np.float32)
+            return Truth(outputs, care)
         concepts, limits = checker.special_care_embeds, checker.special_care_embeds_weights
         margins = concept_margins(embeds[0], concepts, limits, concepts, torch.full_like(limits, UNREACHABLE))
         return Truth(outputs, margins.abs().amin(-1).reshape(outputs["margins"].shape[:-1]).numpy())
@@ -205,24 +212,33 @@ def compare_outputs(graph: str, case: Case, truth: Truth, found: Mapping[str, Ar
         whole = bool(np.isfinite(right).all() and np.isfinite(got).all())
         if name in DECISIONS or not whole:
             tol = 0.0
-        elif graph == "detector":
-            tol = IMAGES if name == "images" else TOLERANCE[graph]
+        elif graph == "detector" and name == "images":
+            tol = IMAGES
         else:
-            tol = TOLERANCE[graph] * float(np.abs(right).max(initial=0.0))
+            tol = _allowed(graph, right)
         error = float(np.abs(got.astype(np.float64) - right).max(initial=0.0)) if whole else math.inf
         differences.append((error, tol))
     error, tol = max(differences, key=lambda pair: pair[0] / pair[1] if pair[1] else float(pair[0] > 0) * 1e9)
     return Row(graph, str(case), error, tol, error <= tol)
 
 
+def _allowed(graph: str, right: Array) -> float:
+    """The largest accepted difference: of the detector as it stands, of all others in proportion to the
+    largest magnitude.
+    """
+    scale = 1.0 if graph == "detector" else float(np.abs(right).max(initial=0.0))
+    return TOLERANCE[graph] * scale
+
+
 def _kept(name: str, graph: str, truth: Truth) -> Any:
     """Which pictures, or requests, of an output are compared: an index into it."""
     if truth.care is None or name in ("finite", "image_embeds"):
         return ...
-    margins, tol = truth.outputs["margins"], TOLERANCE[graph]
+    margins = truth.outputs["margins"]
     finite = truth.outputs.get("finite", np.isfinite(margins).all(-1))
-    if name == "images":
+    if name in ("images", "x0"):
         return finite
+    tol = _allowed(graph, margins[finite]) if graph == "detector_latent" else TOLERANCE[graph]
     settled = truth.care > tol
     if name == "margins":
         return finite & settled

@@ -63,6 +63,19 @@ def token_shift(ids: Ids, shift: Ids, eos: int) -> Ids:
     return np.take_along_axis(np.broadcast_to(ids[:, None], index.shape), index, axis=2)
 
 
+def safe_branch(
+    free: Floats, redirected: Floats, *, strength: Floats, threshold: Floats
+) -> tuple[Floats, Floats]:
+    """Twin of `reference.safe_branch`: returns (branch (R, ...), distance (R,))."""
+    apart = redirected - free
+    with np.errstate(over="ignore"):  # an infinite distance has its rule below
+        distance: Floats = np.sqrt(np.square(apart).reshape(len(apart), -1).mean(1))
+    share = np.where(np.isfinite(distance), np.minimum(distance / np.asarray(threshold, np.float32), 1), 1)
+    weight = (np.asarray(strength, np.float32) * share).astype(np.float32)
+    branch: Floats = free + weight.reshape(-1, *(1,) * (free.ndim - 1)) * apart
+    return branch, distance
+
+
 def guidance_step(
     x: Floats, free: Floats, conditional: Floats, x0_prev: Floats, *, scale: Floats, coefficients: Floats
 ) -> tuple[Floats, Floats]:

@@ -114,6 +114,28 @@ def safe_guide(redirected: Tensor, conditional: Tensor, eta: Tensor) -> Tensor:
     return conditional.float() + weight * (conditional.float() - redirected.float())
 
 
+def safe_branch(
+    free: Tensor, redirected: Tensor, *, strength: Tensor, threshold: Tensor
+) -> tuple[Tensor, Tensor]:
+    """SafeCFG's negative branch with a strength of each request's own: returns (branch (R, ...), distance
+    (R,)).
+
+    The distance is harmfulness, the paper's `|e(x_t, HGR(c), t) - e(x_t, null, t)|_2` [summary of arXiv
+    2412.16039], here as a root mean square over all axes but the first, so that it has no size. The branch is
+    `free + k (redirected - free)`, k = strength min(1, distance / threshold): 0 where both agree, in
+    proportion below the threshold, full from there on. That rule is a reconstruction; the paper's is not
+    known. A distance that is not finite takes the full strength, and its branch is not finite either.
+
+    free, redirected (R, ...), answers of the denoiser to the empty and to the redirected prompt; strength
+    (R,) at least 0; threshold (R,) above 0.
+    """
+    apart = redirected.float() - free.float()
+    distance = apart.flatten(1).square().mean(1).sqrt()
+    share = torch.where(torch.isfinite(distance), (distance / threshold.float()).clamp(max=1), 1.0)
+    weight = (strength.float() * share).view(-1, *(1,) * (free.dim() - 1))
+    return free.float() + weight * apart, distance
+
+
 def scheduler_step(x: Tensor, out: Tensor, x0_prev: Tensor, coefficients: Tensor) -> tuple[Tensor, Tensor]:
     """One step of any solver in `safelight.schedule`: returns (next x, x0), float32.
 

@@ -14,6 +14,7 @@ from safelight.cli import EXTRAS, main
 from safelight.verdict import Verdict
 
 COMMANDS = ["screen", "generate", "export", "verify", "inspect", "synth", "calibrate", "doctor", "bench"]
+COMMANDS += ["data", "defend", "distill", "evaluate"]
 
 # A detector that blocks what says star, times out on slow, and raises for some other words.
 FAKE = """
@@ -238,6 +239,7 @@ class FakeGeneration:
         self.image_verdict = None if self.verdict.blocked else verdict("odd" in prompt)
         shown = self.image_verdict is not None and not self.image_verdict.blocked
         self.image = np.zeros((4, 4, 3), np.uint8) if shown else None
+        self.harmfulness = None
 
 
 @pytest.fixture

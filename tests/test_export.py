@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from safelight.cli import main
 from safelight.containment import digest
 from safelight.engine.model_folder import ModelFolder
-from safelight.errors import BundleError, ExportError
+from safelight.errors import BundleError, ExportError, SafelightError
 from safelight.export import bundle as exporting
 from safelight.export import verify as verifying
 from safelight.export import weights
@@ -249,7 +249,7 @@ def test_a_target_that_holds_something_is_left_alone(tiny_model: Path, tmp_path:
     for taken in (tmp_path / "folder" / "note.txt", tmp_path / "file"):
         taken.write_text("mine")
     for target in (tmp_path / "folder", tmp_path / "file"):
-        with pytest.raises(ExportError, match=f"{target.name} exists and is not an empty folder"):
+        with pytest.raises(SafelightError, match=f"{target.name} exists and is not an empty folder"):
             export_bundle(tiny_model, target)
     assert (tmp_path / "folder" / "note.txt").read_text() == (tmp_path / "file").read_text() == "mine"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "folder"]

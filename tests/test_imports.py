@@ -62,7 +62,7 @@ def test_a_room_itself_imports_nothing_heavy(room: str) -> None:
     assert sorted(modules & HEAVY) == []
 
 
-@pytest.mark.parametrize("name", ["Detector", "Generator", "ProbeConfig", "Verdict"])
+@pytest.mark.parametrize("name", ["Detector", "Generator", "SafeCFG", "ProbeConfig", "Verdict"])
 def test_lean_core_needs_no_torch(name: str) -> None:
     """With every library outside the lean core made unimportable, the public names still load."""
     assert python(f"{WITHOUT}import safelight; print(safelight.{name}.__name__)").strip() == name

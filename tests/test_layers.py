@@ -20,7 +20,7 @@ ROOMS: dict[str, tuple[str, frozenset[str]]] = {
     "kernels": ("kernels", frozenset({"root"})),
     "models": ("models", frozenset({"root", "kernels"})),
     "engine": ("engine", frozenset({"root", "kernels", "models"})),
-    "defenses": ("defenses", frozenset({"root", "kernels", "models"})),
+    "defenses": ("defenses", frozenset({"root", "kernels", "models", "engine"})),
     "export": ("export", frozenset({"root", "kernels", "models", "engine"})),
     "serve": ("serve", frozenset({"root", "engine"})),
     "bench": ("bench", frozenset({"root", "kernels", "models", "engine", "defenses", "export", "serve"})),
@@ -37,9 +37,11 @@ REASONS: dict[str, str] = {
     **dict.fromkeys(
         (
             "tests/test_backends.py",
+            "tests/test_cascade.py",
             "tests/test_detect.py",
             "tests/test_export.py",
             "tests/test_generate.py",
+            "tests/test_guidance.py",
             "tests/test_manifest.py",
             "tests/test_synth.py",
         ),

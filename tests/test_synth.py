@@ -21,7 +21,7 @@ from transformers import (
 )
 
 from safelight.engine.model_folder import ModelFolder
-from safelight.errors import BundleError, ExportError
+from safelight.errors import BundleError, ExportError, SafelightError
 from safelight.export import synth as module
 from safelight.export.synth import ARCHITECTURES, synth
 from safelight.export.vocabulary import BOS, EOS, make
@@ -292,7 +292,7 @@ def test_an_unknown_name_is_refused_with_the_known_ones(tmp_path):
 def test_a_folder_that_is_not_empty_is_left_alone(tmp_path):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "file").write_text("kept")
-    with pytest.raises(ExportError, match=r"mine exists and is not an empty folder; name a new one"):
+    with pytest.raises(SafelightError, match=r"mine exists and is not an empty folder; name a new one"):
         synth("tiny-sd", tmp_path / "mine")
     assert digests(tmp_path) == {"mine/file": hashlib.sha256(b"kept").hexdigest()}
 

@@ -148,7 +148,7 @@ class OrtBackend:
             raise BundleError(f"{self._bundle.folder} has no {graph}; export a bundle that holds it")
         threads = self._threads or cores()
         _, height, width = self._bundle.manifest.picture.latents
-        split = graph == "detector" and height * width <= SMALL
+        split = graph in ("detector", "detector_latent") and height * width <= SMALL
         return OrtStage(self._bundle.graph(graph), spec, threads, min(threads, LANES) if split else 1)
 
 

@@ -126,6 +126,7 @@ def _check_settings(bundle: Bundle, folder: ModelFolder) -> None:
         ("scheduler", folder.one_step(), manifest.one_step),
         ("feature_extractor", (seen.size, seen.mean, seen.std), (checker.size, checker.mean, checker.std)),
         ("vae", folder.scaling_factor(), manifest.picture.scaling_factor),
+        ("latent_checker", folder.latent_band(), checker.latent_band),
     ):
         if here != there:
             raise BundleError(

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from safelight.engine.detect import Detector as Detector
     from safelight.engine.generate import Generator as Generator
+    from safelight.engine.guidance import SafeCFG as SafeCFG
     from safelight.errors import BackendUnavailable as BackendUnavailable
     from safelight.errors import BundleError as BundleError
     from safelight.errors import SafelightError as SafelightError
@@ -21,6 +22,7 @@ __version__ = "0.1.0"
 _PUBLIC = {
     "Detector": "safelight.engine.detect",
     "Generator": "safelight.engine.generate",
+    "SafeCFG": "safelight.engine.guidance",
     "ProbeConfig": "safelight.probe",
     "Verdict": "safelight.verdict",
     "SafelightError": "safelight.errors",
@@ -34,6 +36,7 @@ __all__ = [
     "Detector",
     "Generator",
     "ProbeConfig",
+    "SafeCFG",
     "SafelightError",
     "Verdict",
     "__version__",

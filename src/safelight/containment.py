@@ -33,6 +33,8 @@ CLASSES = {
     "vae": frozenset({"AutoencoderKL"}),
     "text_encoder": frozenset({"CLIPTextModel"}),
     "safety_checker": frozenset({"StableDiffusionSafetyChecker"}),
+    "latent_checker": frozenset({"LatentChecker"}),
+    "redirector": frozenset({"Redirector"}),
     "tokenizer": frozenset({"CLIPTokenizer", "CLIPTokenizerFast", "TokenizersBackend"}),
     "feature_extractor": frozenset(
         {"CLIPImageProcessor", "CLIPImageProcessorFast", "CLIPImageProcessorPil", "CLIPFeatureExtractor"}

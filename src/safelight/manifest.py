@@ -27,13 +27,19 @@ from safelight.containment import (
     read_json,
 )
 from safelight.errors import BundleError
-from safelight.plain import from_plain, to_plain
+from safelight.plain import from_plain, optional, to_plain
 from safelight.probe import ProbeConfig
 from safelight.schedule import NoiseSchedule, OneStep
 
 MANIFEST = "safelight.json"
 VERSION = 1
 GRAPHS = ("detector", "text_encoder", "unet", "vae_decoder", "vae_encoder", "safety_checker")
+# graphs of a model folder's optional parts, and the part that each is made from
+OPTIONAL_GRAPHS = {
+    "latent_checker": "latent_checker",
+    "detector_latent": "latent_checker",
+    "redirector": "redirector",
+}
 REQUIRED_GRAPHS = ("safety_checker", "detector", "text_encoder")
 REQUIRED_FILES = (
     "tokenizer/vocab.json",
@@ -128,6 +134,10 @@ class Picture:
 class Checker:
     """The checker's input (`size` px, mean and deviation per channel), its concepts by name, and its special-
     care ones.
+
+    `latent_band` is the half width, in margin, of the region around 0 in which a cascade does not take the
+    latent checker's word and asks the image checker; None where there is no latent checker, or nobody
+    calibrated it. Raises ValueError where it is negative or not finite.
     """
 
     size: int
@@ -135,8 +145,11 @@ class Checker:
     std: tuple[float, float, float]
     concepts: tuple[str, ...]
     special: tuple[str, ...]
+    latent_band: float | None = optional()
 
     def __post_init__(self) -> None:
+        if self.latent_band is not None and not 0.0 <= self.latent_band < math.inf:
+            raise ValueError(f"latent_band must be finite and at least 0; got {self.latent_band!r}")
         for name in ("mean", "std", "concepts", "special"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
 
@@ -164,6 +177,7 @@ class Manifest:
     `calibration` says how they were found and is None while they are only a guess. `guidance_scale` is the
     full model's default in diffusers' convention, 1 for a model that takes no guidance. `distilled` says
     whether the detector's UNet was made to answer in one step: where it was not, one step shows a blur.
+    `defences` says what was done to the model, in order, such as "sdd: star, pentagram".
     """
 
     files: Mapping[str, FileEntry]
@@ -204,8 +218,9 @@ class Manifest:
             *(part for graph in self.graphs.values() for part in (graph.path, *graph.external)),
         ):
             check_name(name)
-        if unknown := sorted(self.graphs.keys() - set(GRAPHS)):
-            raise ValueError(f"unknown graph {unknown[0]!r}; known are {GRAPHS}")
+        known = (*GRAPHS, *OPTIONAL_GRAPHS)
+        if unknown := sorted(self.graphs.keys() - set(known)):
+            raise ValueError(f"unknown graph {unknown[0]!r}; known are {known}")
         for graph in self.graphs.values():
             if unlisted := [part for part in (graph.path, *graph.external) if part not in self.files]:
                 raise ValueError(f"{unlisted[0]!r} belongs to a graph and is not among the files")

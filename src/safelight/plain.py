@@ -2,21 +2,35 @@
 its own.
 
 What is read is not trusted: every key must be a field, every field must be there, every type must be the
-field's, and no number may be infinite or NaN.
+field's, and no number may be infinite or NaN. A field made by `optional` is left out where it is None, so
+that a value without it is written as it was before there was such a field.
 """
 
 import math
 from collections.abc import Mapping
-from dataclasses import fields, is_dataclass
+from dataclasses import Field, field, fields, is_dataclass
 from enum import Enum
 from types import NoneType, UnionType
 from typing import Any, Union, get_args, get_origin
+
+_OPTIONAL = "optional"  # the mark in a field's metadata
+
+
+def optional() -> Any:
+    """A field of a frozen value that is None where it is not given, and then not written."""
+    return field(default=None, metadata={_OPTIONAL: True})
+
+
+def _is_optional(item: Field[Any]) -> bool:
+    return bool(item.metadata.get(_OPTIONAL))
 
 
 def to_plain(value: Any) -> Any:
     """A value as dicts (fields in their order, other keys sorted), lists, strings and numbers."""
     if is_dataclass(value):
-        return {item.name: to_plain(getattr(value, item.name)) for item in fields(value)}
+        found = {item: getattr(value, item.name) for item in fields(value)}
+        kept = {item.name: part for item, part in found.items() if part is not None or not _is_optional(item)}
+        return {name: to_plain(part) for name, part in kept.items()}
     if isinstance(value, Mapping):
         return {key: to_plain(value[key]) for key in sorted(value)}
     if isinstance(value, list | tuple):
@@ -70,9 +84,12 @@ def _from_object(kind: Any, value: Any, at: str) -> Any:
     known = {item.name: item.type for item in fields(kind)}
     if unknown := sorted(value.keys() - known.keys()):
         raise ValueError(f"{at} has the unknown key {unknown[0]!r}; known are {sorted(known)}")
-    if missing := sorted(known.keys() - value.keys()):
+    free = {item.name for item in fields(kind) if _is_optional(item)}
+    if missing := sorted(known.keys() - value.keys() - free):
         raise ValueError(f"{at} lacks the key {missing[0]!r}")
-    return kind(**{name: from_plain(known[name], value[name], f"{at}.{name}") for name in known})
+    return kind(
+        **{name: from_plain(known[name], value[name], f"{at}.{name}") for name in known if name in value}
+    )
 
 
 def _finite(value: Any, at: str) -> Any:

@@ -1,8 +1,8 @@
 """The command line. Data goes to stdout; errors go to stderr as one sentence.
 
-Exit codes: 0 done; 1 `doctor` or `verify` found a fault; 2 a wrong call, or something in the world that is
-not as it must be; 3 blocked, with --fail-on-block; 130 interrupted. Every room is imported inside the command
-that needs it.
+Exit codes: 0 done; 1 `doctor` or `verify` found a fault, or `evaluate` too many errors; 2 a wrong call, or
+something in the world that is not as it must be; 3 blocked, with --fail-on-block; 130 interrupted. Every room
+is imported inside the command that needs it.
 """
 
 import sys
@@ -14,6 +14,10 @@ import click
 from safelight import __version__
 from safelight.cli.bundle import export, inspect, synth, verify
 from safelight.cli.calibration import calibrate
+from safelight.cli.data import data
+from safelight.cli.defence import defend
+from safelight.cli.distil import distill
+from safelight.cli.evaluation import evaluate
 from safelight.cli.generation import generate
 from safelight.cli.measure import bench, doctor
 from safelight.cli.screening import screen
@@ -23,7 +27,7 @@ from safelight.errors import SafelightError
 EXTRAS = {
     **dict.fromkeys(("torch", "diffusers", "transformers", "safetensors"), "torch"),
     **dict.fromkeys(("onnx", "onnxscript", "onnx_ir"), "export"),
-    **dict.fromkeys(("tqdm",), "train"),
+    **dict.fromkeys(("tqdm", "accelerate", "peft"), "train"),
     **dict.fromkeys(("matplotlib",), "plot"),
     **dict.fromkeys(("pyarrow",), "parquet"),
 }
@@ -40,8 +44,8 @@ class OneSentence(click.Group):
         named["standalone_mode"] = False
         try:
             code = super().main(args, *other, **named)
-        except click.Abort:
-            _fail("interrupted", INTERRUPTED)
+        except click.Abort as stop:
+            _fail(str(stop) or "interrupted", INTERRUPTED)
         except click.exceptions.NoArgsIsHelpError as error:
             click.echo(error.format_message(), err=True)
             sys.exit(2)
@@ -76,5 +80,19 @@ def main() -> None:
     """Screen prompts for a restricted concept by probing their neighbourhood, and generate what passes."""
 
 
-for command in (screen, generate, export, verify, inspect, synth, calibrate, doctor, bench):
+for command in (
+    screen,
+    generate,
+    export,
+    verify,
+    inspect,
+    synth,
+    calibrate,
+    doctor,
+    bench,
+    evaluate,
+    data,
+    defend,
+    distill,
+):
     main.add_command(command)

@@ -1,6 +1,7 @@
 """`safelight generate`: detection, then the model, then the image checker."""
 
 import json
+import math
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,16 @@ SOLVERS = ("ddim", "euler", "dpmpp_2m")  # those of safelight.schedule, which ne
     "--image-steps", type=click.IntRange(1), default=25, show_default=True, help="Steps of the image."
 )
 @click.option("--guidance-scale", type=float, help="Classifier-free guidance.  [default: the bundle's]")
+@click.option(
+    "--safe-cfg", is_flag=True, help="Redirect guidance away from what the bundle knows as harmful."
+)
+@click.option("--safe-cfg-strength", type=click.FloatRange(0), help="0 is plain guidance.  [default: 2]")
+@click.option("--safe-cfg-static", is_flag=True, help="One strength for all prompts; a third cheaper.")
+@click.option(
+    "--safe-cfg-threshold",
+    type=click.FloatRange(0, min_open=True),
+    help="Harmfulness from which on a dynamic strength is full.  [default: 0.1]",
+)
 @click.option("--solver", type=click.Choice(SOLVERS), help="Of the image.  [default: the bundle's]")
 @click.option("--seed", type=SEED, help="Makes image and verdict repeatable, and predictable.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object per prompt.")
@@ -37,6 +48,7 @@ def generate(**options: Any) -> int:
     prompts, output = options.pop("prompts"), options.pop("output")
     fail, as_json = options.pop("fail_on_block"), options.pop("as_json")
     call = {name: options.pop(name) for name in ("guidance_scale", "solver", "seed")}
+    call["guidance"] = _guidance(options)
     call |= {"steps": options.pop("image_steps"), "probe_seed": call["seed"]}
     call = {name: value for name, value in call.items() if value is not None}
     paths = _paths(output, len(prompts))
@@ -55,6 +67,22 @@ def generate(**options: Any) -> int:
                 _save(path, made.image)
             _print(prompt, made, path if made.image is not None else None, as_json=as_json)
     return BLOCKED if fail and blocked else 0
+
+
+def _guidance(options: dict[str, Any]) -> Any:
+    """The SafeCFG that the options describe, or None; takes their names out of `options`."""
+    asked = options.pop("safe_cfg")
+    given = {name: options.pop(f"safe_cfg_{name}") for name in ("strength", "threshold")}
+    given = {name: value for name, value in given.items() if value is not None}
+    if options.pop("safe_cfg_static"):
+        given["dynamic"] = False
+    if given and not asked:
+        raise click.UsageError("--safe-cfg-strength, -static and -threshold need --safe-cfg")
+    if not asked:
+        return None
+    from safelight.engine.guidance import SafeCFG
+
+    return SafeCFG(**given)
 
 
 def _paths(output: Path, count: int) -> list[Path]:
@@ -82,7 +110,10 @@ def _print(prompt: str, made: Any, path: Path | None, *, as_json: bool) -> None:
             "image": None if path is None else str(path),
             "verdict": made.verdict.to_json(),
         }
-        click.echo(json.dumps(row | {"image_verdict": image}))
+        row["image_verdict"] = image
+        if made.harmfulness is not None:
+            row["harmfulness"] = made.harmfulness if math.isfinite(made.harmfulness) else None
+        click.echo(json.dumps(row))
     elif path is not None:
         click.echo(str(path))
     else:

@@ -47,9 +47,16 @@ def _facts(folder: Path, manifest: Manifest) -> Iterator[tuple[str, str]]:
     yield "checker", f"{checker.size} px"
     yield "concepts", ", ".join(checker.concepts) or _NONE
     yield "special care", ", ".join(checker.special) or _NONE
+    if "latent_checker" in manifest.graphs:
+        band = checker.latent_band
+        yield (
+            "latent checker",
+            "no band, so no cascade" if band is None else f"cascade within {band:.4g} of 0",
+        )
     step = manifest.one_step.timestep
     yield "scheduler", f"{manifest.scheduler.get('_class_name', 'unknown')}, one step from timestep {step:g}"
-    yield "guidance", f"{manifest.guidance_scale:g}"
+    redirected = ", may be redirected" if "redirector" in manifest.graphs else ""
+    yield "guidance", f"{manifest.guidance_scale:g}{redirected}"
     angle = "" if probe.kind is ProbeKind.TOKEN_SHIFT else f" at {probe.angle_rad:.3f} rad"
     turned = "" if probe.target == "latent" else f", turning {manifest.rotate}"
     yield "probe", f"{probe.count} {probe.kind} of the {probe.target}{angle}{turned}"

@@ -38,6 +38,13 @@ def probe_options(command: Command) -> Command:
     loosened.
     """
     for option in (
+        click.option(
+            "--checker",
+            type=click.Choice(["image", "latent", "cascade"]),
+            default="image",
+            show_default=True,
+            help="Who looks at the probes; a cascade asks the image checker where the latent one is unsure.",
+        ),
         click.option("--steps", type=click.IntRange(1), help="Steps of a probe; 1 asks the one-step model."),
         click.option("--threshold", type=float, help="Share of flagged probes that blocks."),
         click.option("--angle-rad", type=float, help="Angle between the request and a probe."),
@@ -63,7 +70,8 @@ def open_detector(options: dict[str, Any]) -> "Detector":
         name: options.pop(name, None) for name in ("kind", "target", "count", "angle_rad", "threshold")
     }
     changed = {name: value for name, value in changed.items() if value is not None}
-    given = {name: options.pop(name, None) for name in ("backend", "model", "threads", "timeout_s", "steps")}
+    names = ("backend", "model", "threads", "timeout_s", "steps", "checker")
+    given = {name: options.pop(name, None) for name in names}
     given = {name: value for name, value in given.items() if value is not None}
     if changed:
         given["probe"] = ProbeConfig(**(bundle.manifest.probe.to_json() | changed))

@@ -45,6 +45,10 @@ def screen(**options: Any) -> int:
         raise click.UsageError("give either PROMPTs or -i FILE")
     if bool(source) != bool(target):
         raise click.UsageError("-i and -o go together: one file to read, one to write")
+    if options["folder"] is not None and options["checker"] != "image":
+        raise click.UsageError(
+            "--save-probes needs --checker image: the others look at probes without a picture"
+        )
     column, fail, as_json = options.pop("column"), options.pop("fail_on_block"), options.pop("as_json")
     job = {"seed": options.pop("seed"), "folder": options.pop("folder"), "as_json": as_json}
     if source is None:

@@ -6,18 +6,18 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from safelight.errors import ExportError
+from safelight.errors import SafelightError
 
 
 @contextmanager
 def new_folder(target: Path) -> Iterator[Path]:
     """A folder beside `target` to write into; it becomes `target` if the block ends well, else it goes.
 
-    Raises ExportError where `target` exists and is not an empty folder.
+    Raises SafelightError where `target` exists and is not an empty folder.
     """
     target = target.absolute()
     if target.exists() and not (target.is_dir() and not any(target.iterdir())):
-        raise ExportError(f"{target} exists and is not an empty folder; name a new one")
+        raise SafelightError(f"{target} exists and is not an empty folder; name a new one")
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
     try:

@@ -1,0 +1,212 @@
+"""Prompts of a file through any diffusers checkpoint, with any judge: no attacker, no caption, no oracle.
+
+Seed and guidance of a prompt are the file's where it gives them; starting latents are then those that
+diffusers draws with a CPU generator of that seed. Pictures have the model's own size: a prompt that asks for
+another is counted.
+"""
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from safelight import __version__
+from safelight.bench.rows import installed
+from safelight.bench.safety import eval_unlearn as other_form
+from safelight.bench.safety.cells import Cells, write_json
+from safelight.bench.safety.judge import Judge
+from safelight.bench.safety.library import Opened, open_system
+from safelight.bench.safety.measures import SUCCESS
+from safelight.bench.safety.outcome import Outcome, Rate, Result
+from safelight.bench.safety.prompt_sets import PromptSet, SetPrompt
+from safelight.bench.safety.run import PACKAGES, errors_above
+from safelight.bench.safety.served import Ask, Served
+from safelight.bench.safety.serving import outcomes
+from safelight.bench.safety.settings import Settings, seed_of
+from safelight.bench.safety.system import System
+from safelight.provenance import commit
+
+STEPS, GUIDANCE = 50, 7.5
+DETECTORS = {"crops": "full", "crops1": "image"}
+COLUMN = "prompts"
+CHUNK = 64
+
+
+def systems_of(models: Mapping[str, Path], defences: Sequence[str]) -> dict[str, System]:
+    """A row for each model and defence: `none`, `checker`, `crops`, `crops1`, by name `model` or
+    `model+defence`.
+    """
+    rows = {}
+    for name, path in models.items():
+        turned = path if (path / "redirector").is_dir() else None
+        for defence in defences:
+            row = name if defence == "none" else f"{name}+{defence}"
+            detector = DETECTORS.get(defence)
+            rows[row] = System(row, path, turned, detector=detector, final_checker=defence != "none")
+    return rows
+
+
+def evaluate_prompts(
+    models: Mapping[str, Path],
+    file: Path,
+    out: Path,
+    *,
+    judge: str | Judge = "checker",
+    judge_model: Path | None = None,
+    defences: Sequence[str] = ("none",),
+    limit: int | None = None,
+    steps: int | None = None,
+    seed: int = 7,
+    max_error_rate: float = 0.0,
+    eval_unlearn: Path | None = None,
+    concept: str = "unknown",
+    progress: Callable[[str], None] = lambda line: None,
+) -> list[str]:
+    """Measure each row that is not in `out` yet, write prompts.json and prompts.md, and return the rows with
+    too many errors.
+
+    `judge` is `checker` (of `judge_model`, or each model's own), `nudenet`, or a judge. Raises as `evaluate`.
+    """
+    errors_above({}, max_error_rate)
+    prompts = PromptSet.read(file, limit)
+    settings = Settings(seed=seed, steps=steps or STEPS, guidance_scale=GUIDANCE, batch=4)
+    rows = {
+        name: open_system(row, out, guidance_scale=GUIDANCE, progress=progress)
+        for name, row in systems_of(models, defences).items()
+    }
+    judges = {name: _judge(judge, judge_model or row.model) for name, row in rows.items()}
+    manifest = {
+        "prompts": {"name": prompts.name, "sha256": prompts.sha256, "count": len(prompts.prompts)},
+        "settings": settings.to_json(),
+        "seeds": "the file's, else derived from the run's seed; latents by torch's CPU generator",
+        "safelight": __version__,
+        "versions": {name: installed(name) for name in PACKAGES},
+        "commit": commit(),
+    }
+    records = {name: {**row.to_json(), "judge": judges[name].record} for name, row in rows.items()}
+    cells = Cells(out, manifest, records, {})
+    cells.open()
+    found: dict[str, dict[str, Any]] = {}
+    for name, row in rows.items():
+        cell = cells.read(name, COLUMN)
+        if cell is None:
+            cells.write(name, COLUMN, _measured(row, judges[name], prompts, settings, progress))
+            cell = cells.read(name, COLUMN)
+        assert cell is not None
+        found[name] = cell
+        if eval_unlearn is not None:
+            _write_other_form(cell, name, eval_unlearn, concept, prompts, {**manifest, **records[name]})
+    write_json(out / "prompts.json", {"manifest": manifest, "rows": records, "cells": found})
+    (out / "prompts.md").write_text(_markdown(prompts, found), encoding="utf-8")
+    return errors_above({(name, COLUMN): cell for name, cell in found.items()}, max_error_rate)
+
+
+def _judge(judge: str | Judge, folder: Path) -> Judge:
+    if not isinstance(judge, str):
+        return judge
+    if judge == "nudenet":
+        from safelight.bench.safety.nudenet_judge import NudeNetJudge
+
+        return NudeNetJudge()
+    if judge != "checker":
+        raise ValueError(f"judge must be checker or nudenet; got {judge!r}")
+    from safelight.bench.safety.checker_judge import CheckerJudge
+
+    return CheckerJudge(folder)
+
+
+def _measured(
+    row: Opened,
+    judge: Judge,
+    prompts: PromptSet,
+    settings: Settings,
+    progress: Callable[[str], None],
+) -> dict[str, Any]:
+    size = row.bundle.manifest.picture.size
+    results: list[Result] = []
+    with Served(row.system, row.bundle, row.model, settings, threads=_threads()) as served:
+        for at in range(0, len(prompts.prompts), CHUNK):
+            part = prompts.prompts[at : at + CHUNK]
+            asks = {item.number: _ask(item, settings, row) for item in part if item.fault is None}
+            made = dict(zip(asks, outcomes(served, judge, list(asks.values())), strict=True))
+            results += [
+                made.get(item.number, Result(Outcome.ERROR, "prompt", detail=item.fault or ""))
+                for item in part
+            ]
+            progress(f"{row.system.name}: {len(results)} of {len(prompts.prompts)}")
+    other = sum((item.width or size, item.height or size) != (size, size) for item in prompts.prompts)
+    return {
+        "rate": Rate.of_outcomes((result.outcome for result in results), SUCCESS).to_json(),
+        "timestamp": time.time(),
+        "picture_size": size,
+        "asked_for_another_size": other,
+        "requests": [
+            {"number": item.number, **result.to_json()}
+            for item, result in zip(prompts.prompts, results, strict=True)
+        ],
+    }
+
+
+def _ask(item: SetPrompt, settings: Settings, row: Opened) -> Ask:
+    import torch
+
+    seed = seed_of(settings.seed, "prompt", item.number) if item.seed is None else item.seed
+    generator = torch.Generator("cpu").manual_seed(seed)
+    latents = torch.randn((1, *row.bundle.manifest.picture.latents), generator=generator)[0].numpy()
+    return Ask(
+        item.text,
+        seed,
+        seed_of(settings.seed, "prompt probes", item.number),
+        latents=np.ascontiguousarray(latents),
+        guidance_scale=item.guidance_scale,
+    )
+
+
+def _threads() -> int:
+    from safelight.engine.doctor import cores
+
+    return cores()
+
+
+def _write_other_form(
+    cell: Mapping[str, Any],
+    name: str,
+    folder: Path,
+    concept: str,
+    prompts: PromptSet,
+    manifest: Mapping[str, Any],
+) -> None:
+    results = [
+        Result(Outcome(item["outcome"]), item["decided_by"], item["score"], item["detail"])
+        for item in cell["requests"]
+    ]
+    values = other_form.report(
+        results,
+        Rate.from_json(cell["rate"]),
+        technique=name,
+        concept=concept,
+        metric="asr_prompts",
+        dataset=prompts.name,
+        manifest=manifest,
+        timestamp=cell["timestamp"],
+    )
+    other_form.write_report(values, folder)
+
+
+def _markdown(prompts: PromptSet, cells: Mapping[str, Mapping[str, Any]]) -> str:
+    lines = [
+        f"# {prompts.name}: {len(prompts.prompts)} prompts, SHA-256 {prompts.sha256[:16]}",
+        "",
+        "| system | unsafe and delivered | errors |",
+        "| --- | --- | --- |",
+    ]
+    for name, cell in cells.items():
+        rate = Rate.from_json(cell["rate"])
+        low, high = rate.interval
+        value = "nothing known" if rate.value is None else f"{rate.value:.1%}"
+        lines.append(
+            f"| {name} | {value} ({rate.hits}/{rate.total}, {low:.1%} to {high:.1%}) | {rate.errors} |"
+        )
+    return "\n".join([*lines, "", f"Counted are {SUCCESS}."]) + "\n"

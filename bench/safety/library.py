@@ -1,0 +1,149 @@
+"""Model folders and bundles of the systems: parts joined, exported once, with the calibrated policy. Runs
+nothing.
+
+A system whose redirector or latent checker lies in another folder than its model gets a folder of its own,
+the model's with that part joined, which exports and is attacked like any other.
+"""
+
+import hashlib
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safelight.bench.safety.system import System
+from safelight.containment import digest
+from safelight.engine.bundle import SHIPPED, Bundle, open_bundle
+from safelight.engine.model_folder import ONE_STEP, ModelFolder
+from safelight.errors import BundleError
+from safelight.export.bundle import export_bundle
+from safelight.new_folder import new_folder
+
+PROBING = ("text_encoder", ONE_STEP, "vae", "safety_checker")
+DRAWING = ("text_encoder", "unet", "vae")
+
+
+@dataclass(frozen=True, slots=True)
+class Opened:
+    """A system with its folder and its bundle; `generator` names what draws its pictures, equal for equal
+    weights.
+    """
+
+    system: System
+    model: Path
+    bundle: Bundle
+    generator: str
+
+    @property
+    def latent_weights(self) -> str:
+        """Names the latent checker, equal for equal weights; empty where there is none."""
+        weights = self.bundle.manifest.source.weights
+        found = [value for name, value in sorted(weights.items()) if name.startswith("latent_checker/")]
+        return _digest(found) if found else ""
+
+    def to_json(self) -> dict[str, Any]:
+        """What a cell of this row rests on, without paths: parts, weights, policy."""
+        manifest, system = self.bundle.manifest, self.system
+        return {
+            "detector": system.detector,
+            "final_checker": system.final_checker,
+            "redirector": system.redirector is not None,
+            "weights": dict(manifest.source.weights),
+            "generator": self.generator,
+            "probe": manifest.probe.to_json(),
+            "rotate": manifest.rotate,
+            "latent_band": manifest.checker.latent_band,
+            "calibrated": manifest.calibration is not None,
+        }
+
+
+def compose(model: Path, parts: Mapping[str, Path], out: Path) -> Path:
+    """The folder `model` with the parts (`redirector`, `latent_checker`) of other folders in it.
+
+    Raises BundleError where a folder lacks its part, SafelightError where `out` holds something.
+    """
+    ModelFolder.open(model)
+    for part, source in parts.items():
+        if not (source / part / "config.json").is_file():
+            raise BundleError(f"{source} holds no {part}; name a folder that one was trained into")
+    with new_folder(out) as partial:
+        shutil.copytree(model, partial, dirs_exist_ok=True)
+        for part, source in parts.items():
+            shutil.rmtree(partial / part, ignore_errors=True)
+            shutil.copytree(source / part, partial / part)
+        ModelFolder.open(partial)
+    return out
+
+
+def open_system(
+    system: System, out: Path, *, guidance_scale: float, progress: Callable[[str], None]
+) -> Opened:
+    """Join, export and open what a system needs, under `out`, once for equal folders. Raises BundleError."""
+    model = system.model
+    if joined := system.joined():
+        files = [file for name, path in joined.items() for file in ModelFolder(path, {}).weights(name)]
+        own = sorted(ModelFolder.open(model).digests().values())
+        key = _digest([*own, *(digest(file) for file in files)])
+        model = out / "models" / f"{system.model.resolve().name}-{key}"
+        if not model.exists():
+            progress(f"{system.name}: joining {', '.join(joined)} to {system.model.name}")
+            compose(system.model, joined, model)
+    folder = ModelFolder.open(model)
+    weights = folder.digests()
+    if system.redirector is not None and not folder.has("redirector"):
+        raise BundleError(
+            f"{system.name}: {model} holds no redirector; name a folder that one was trained into"
+        )
+    shipped = open_bundle(SHIPPED)
+    # a bundle's own scale guides nothing but the probes of full CROPS
+    fits = system.detector != "full" or shipped.manifest.guidance_scale == guidance_scale
+    if fits and dict(shipped.manifest.source.weights) == weights:
+        bundle = shipped
+    else:
+        bundle = _exported(model, weights, out, guidance_scale, shipped, progress)
+    drawn = [value for name, value in sorted(weights.items()) if name.partition("/")[0] in DRAWING]
+    turned = [value for name, value in sorted(weights.items()) if name.startswith("redirector/")]
+    generator = _digest(drawn + (turned if system.redirector is not None else []))
+    return Opened(system, model, bundle, generator)
+
+
+def _exported(
+    model: Path,
+    weights: Mapping[str, str],
+    out: Path,
+    scale: float,
+    shipped: Bundle,
+    progress: Callable[[str], None],
+) -> Bundle:
+    """The bundle of these weights under `out`, exported where it is absent."""
+    folder = out / "bundles" / f"{model.resolve().name}-{_digest([*sorted(weights.values()), str(scale)])}"
+    if not folder.exists():
+        progress(f"exporting {model.name}")
+        made = folder.with_name(f".{folder.name}.{os.getpid()}")  # another process may be at it too
+        export_bundle(model, made, guidance_scale=scale)
+        bundle = Bundle(made, open_bundle(made).manifest)
+        _with_policy(bundle, shipped).manifest.write(made)
+        made.rename(folder)
+    return open_bundle(folder)
+
+
+def _with_policy(bundle: Bundle, reference: Bundle) -> Bundle:
+    """The bundle with the probes' settings that the reference was calibrated to, where all that probes have
+    to do with is of the same weights; else as it is.
+    """
+
+    def probing(item: Bundle) -> dict[str, str]:
+        weights = item.manifest.source.weights
+        return {name: value for name, value in weights.items() if name.partition("/")[0] in PROBING}
+
+    found = reference.manifest
+    if probing(bundle) != probing(reference) or found.calibration is None:
+        return bundle
+    manifest = bundle.manifest.with_calibration(found.probe, found.calibration, rotate=found.rotate)
+    return Bundle(bundle.folder, manifest)
+
+
+def _digest(texts: list[str]) -> str:
+    return hashlib.sha256("".join(texts).encode()).hexdigest()[:12]

@@ -1,0 +1,196 @@
+"""A system at work, batched through the engine: what it refuses, what it draws, what it withholds.
+
+Detection, generation and the final check are those that serve, with seeds that are fixed per request. Judges
+nothing and counts no rate; a fault is handed back, never turned into an answer.
+"""
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from safelight.bench.safety.counting import CountingBackend
+from safelight.bench.safety.hidden_screen import HiddenScreen
+from safelight.bench.safety.settings import Settings
+from safelight.bench.safety.settle import Fault, settle
+from safelight.bench.safety.system import System
+from safelight.engine.backends import open_backend
+from safelight.engine.bundle import Bundle
+from safelight.engine.detect import Detector
+from safelight.engine.guidance import Redirection
+from safelight.engine.looks import PictureChecker
+from safelight.engine.sampler import Sampler, Trajectory
+from safelight.engine.tokenizer import PromptTokenizer
+from safelight.kernels.philox import Stream, normals
+from safelight.verdict import Verdict
+
+Floats = NDArray[np.float32]
+
+
+@dataclass(frozen=True, slots=True)
+class Ask:
+    """One request: its text, the seed of its picture and that of its probes.
+
+    `hidden` float32 (L, D) takes the place of the text's embeddings, `latents` float32 (c, h, w) that of the
+    seed's starting latents; `guidance_scale` that of the run's.
+    """
+
+    text: str
+    seed: int
+    probe_seed: int
+    hidden: Floats | None = None
+    latents: Floats | None = None
+    guidance_scale: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What a detector or a checker said: whether it blocks, and the score that decided."""
+
+    blocked: bool
+    score: float
+
+
+class Served:
+    """A system, opened on its bundle. A context manager."""
+
+    def __init__(
+        self, system: System, bundle: Bundle, model: Path, settings: Settings, *, threads: int = 1
+    ) -> None:
+        """`model` is the folder that the bundle was made from. Raises BundleError and ValueError."""
+        self.system, self.bundle = system, bundle
+        self._settings, self._folder = settings, model
+        manifest = bundle.manifest
+        self._backend = CountingBackend(open_backend("onnxruntime", bundle, threads=threads))
+        self._tokenizer = PromptTokenizer(bundle.folder / "tokenizer", manifest.tokens)
+        self._sampler = Sampler(self._backend, manifest)
+        self._sampler.check(settings.trajectory)
+        self._free = self._sampler.encode(self._tokenizer.encode("")[0][None])
+        self._checker = PictureChecker(self._backend.stage("safety_checker"), manifest.checker)
+        self._redirection = Redirection(self._backend.stage("redirector")) if system.redirector else None
+        self._steps = settings.probe_steps if system.detector == "full" else 1
+        kind: Any = "image" if system.detector in (None, "full") else system.detector
+        self._detector = (
+            Detector(bundle, self._backend, manifest.probe, steps=self._steps, checker=kind)
+            if system.detector
+            else None
+        )
+        self._hidden_screen: HiddenScreen | None = None
+        self._backend.calls.clear()  # what opening ran is not a request's
+
+    @property
+    def calls(self) -> "Counter[str]":
+        """Rows of each network so far."""
+        return self._backend.calls
+
+    def screen(self, asks: Sequence[Ask]) -> list[Answer | Fault]:
+        """What the detector says of each request. Raises ValueError where the system has none."""
+        if self._detector is None:
+            raise ValueError(f"{self.system.name} has no detector; ask only systems that do")
+        texts = [at for at, ask in enumerate(asks) if ask.hidden is None]
+        found: list[Answer | Fault] = [Fault("not screened")] * len(asks)
+        verdicts = settle(self._verdicts, [asks[at] for at in texts], 2 * self._settings.batch)
+        for at, verdict in zip(texts, verdicts, strict=True):
+            found[at] = _answer(verdict)
+        given = [at for at, ask in enumerate(asks) if ask.hidden is not None]
+        for at, verdict in zip(given, settle(self._given, [asks[at] for at in given], 1), strict=True):
+            found[at] = _answer(verdict)
+        return found
+
+    def _verdicts(self, asks: Sequence[Ask]) -> list[Verdict]:
+        assert self._detector is not None
+        return self._detector.check_batch([ask.text for ask in asks], seed=[ask.probe_seed for ask in asks])
+
+    def _given(self, asks: Sequence[Ask]) -> list[Verdict]:
+        if self._hidden_screen is None:
+            self._hidden_screen = HiddenScreen(
+                self.bundle,
+                self._folder,
+                self._backend,
+                self.bundle.manifest.probe,
+                kind=str(self.system.detector),
+                steps=self._steps,
+            )
+        return [self._hidden_screen.check(ask.text, ask.hidden, seed=ask.probe_seed) for ask in asks]  # type: ignore[arg-type]
+
+    def draw(self, asks: Sequence[Ask]) -> list[Floats | Fault]:
+        """The picture (3, H, W) in [0, 1] of each request, NaN where the model's numbers were not finite."""
+        scales = sorted({self._scale(ask) for ask in asks})
+        found: list[Floats | Fault] = [Fault("not drawn")] * len(asks)
+        for scale in scales:
+            rows = [at for at, ask in enumerate(asks) if self._scale(ask) == scale]
+            drawn = settle(self._drawn, [asks[at] for at in rows], self._settings.batch)
+            for at, picture in zip(rows, drawn, strict=True):
+                found[at] = picture
+        return found
+
+    def _scale(self, ask: Ask) -> float:
+        return self._settings.guidance_scale if ask.guidance_scale is None else ask.guidance_scale
+
+    def _drawn(self, asks: Sequence[Ask]) -> list[Floats]:
+        ids = np.stack([self._tokenizer.encode(ask.text)[0] for ask in asks])
+        hidden = self._sampler.encode(ids)
+        for at, ask in enumerate(asks):
+            if ask.hidden is not None:
+                hidden[at] = ask.hidden
+        settings = self._settings
+        trajectory = Trajectory(settings.steps, self._scale(asks[0]), settings.solver)
+        latents = np.stack([self._start(ask) for ask in asks])
+        made = self._sampler.sample(hidden, self._negative(hidden), latents, trajectory)
+        return list(self._sampler.decode(made))
+
+    def _negative(self, hidden: Floats) -> Floats:
+        """The negative branch of each request, (1, L, D) or (N, L, D)."""
+        return self._free if self._redirection is None else self._redirection.redirect(hidden)
+
+    def _start(self, ask: Ask) -> Floats:
+        shape = self.bundle.manifest.picture.latents
+        if ask.latents is None:
+            return normals(ask.seed, Stream.LATENT, math.prod(shape), probes=[0]).reshape(shape)
+        if ask.latents.shape != shape:
+            raise ValueError(f"starting latents must be {shape}; got {ask.latents.shape}")
+        return ask.latents.astype(np.float32)
+
+    def flag(self, pictures: Sequence[Floats]) -> list[Answer | Fault]:
+        """What the final checker says of pictures (3, H, W)."""
+        return settle(self._flagged, pictures, 64)
+
+    def _flagged(self, pictures: Sequence[Floats]) -> list[Answer]:
+        looks = self._checker.look(np.stack(pictures))
+        if not looks.finite.all():
+            raise ValueError("the picture or the checker's margins are not finite")
+        largest = looks.margins[0].max(1)
+        return [
+            Answer(bool(flag), float(score)) for flag, score in zip(looks.flagged[0], largest, strict=True)
+        ]
+
+    def close(self) -> None:
+        """Free every stage."""
+        for part in (self._sampler, self._checker, self._redirection, self._detector, self._hidden_screen):
+            if part is not None:
+                part.close()
+
+    def __enter__(self) -> "Served":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def _answer(verdict: Verdict | Fault) -> Answer | Fault:
+    """Served, every fault blocks; here it is one, so that a broken detector does not look like a strict
+    one.
+    """
+    if isinstance(verdict, Fault):
+        return verdict
+    if verdict.reason in (None, "concept"):
+        return Answer(verdict.blocked, verdict.score)
+    return Fault(f"{verdict.reason}: {verdict.detail or 'the detector blocked'}")

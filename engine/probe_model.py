@@ -1,0 +1,56 @@
+"""The model inside a detector: which one it is, by the number of steps and by who looks at the probes.
+
+One step is CROPS-1, more are CROPS; the looking is done by the image checker, by the latent checker, or by
+both in a cascade. Counts no vote.
+"""
+
+from typing import Literal, get_args
+
+from safelight.engine.backends import Backend
+from safelight.engine.cascade import Cascade
+from safelight.engine.full_model import FullModel
+from safelight.engine.looks import ProbeModel
+from safelight.engine.one_step import OneStepModel
+from safelight.engine.tokenizer import PromptTokenizer
+from safelight.manifest import Manifest
+from safelight.probe import ProbeConfig
+
+CheckerKind = Literal["image", "latent", "cascade"]
+CHECKERS: tuple[CheckerKind, ...] = get_args(CheckerKind)
+
+
+def open_probe_model(
+    backend: Backend,
+    manifest: Manifest,
+    probe: ProbeConfig,
+    tokenizer: PromptTokenizer,
+    *,
+    steps: int,
+    checker: CheckerKind,
+) -> ProbeModel:
+    """The model that these settings describe.
+
+    Raises ValueError for an unknown `checker` and for one that the bundle does not hold; for a cascade also
+    where nobody calibrated the band in which it asks the image checker.
+    """
+    if checker not in CHECKERS:
+        raise ValueError(f"checker must be one of {CHECKERS}; got {checker!r}")
+    latent = checker != "image"
+    graph = "detector_latent" if steps == 1 else "latent_checker"
+    if latent and graph not in manifest.graphs:
+        raise ValueError(
+            f"checker {checker!r} needs a bundle with a latent checker, and this one has no {graph}; export "
+            "a model folder that holds latent_checker/, or ask checker 'image'"
+        )
+    band = manifest.checker.latent_band
+    if checker == "cascade" and band is None:
+        raise ValueError(
+            "checker 'cascade' needs the band in which to ask the image checker, and the bundle has none; "
+            "calibrate the latent checker and export again, or ask checker 'latent' or 'image'"
+        )
+    model: ProbeModel = (
+        OneStepModel(backend, manifest, probe, latent=latent)
+        if steps == 1
+        else FullModel(backend, manifest, probe, tokenizer, steps=steps, latent=latent)
+    )
+    return Cascade(model, backend, manifest, band) if checker == "cascade" and band is not None else model

@@ -1,0 +1,89 @@
+"""`safelight distill`: teach a small checker that reads latents what decoder and image checker know."""
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+# those of safelight.defenses.distillation, which is not needed for --help
+LOSSES = ("aekt", "dkd", "kd", "ce")
+FORMS = ("ratio", "log_ratio", "weighted")
+SHAPES = "shapes"
+
+
+@click.command()
+@click.option(
+    "--model",
+    default=SHAPES,
+    show_default=True,
+    metavar="DIR|ID",
+    help="Model whose decoder and checker teach: a folder, a hub id, or `shapes`.",
+)
+@click.option(
+    "--prompts",
+    metavar="FILE",
+    help="Prompts to draw probes of; `shapes` for the shipped model's captions.  [default for shapes]",
+)
+@click.option("--column", default="prompt", show_default=True, help="Column, or JSON key, of the prompt.")
+@click.option("--out", type=click.Path(path_type=Path), required=True, help="New model folder.")
+@click.option("--loss", type=click.Choice(LOSSES), default="aekt", show_default=True)
+@click.option("--form", type=click.Choice(FORMS), default="log_ratio", show_default=True, help="Of aekt.")
+@click.option("--temperature", type=float, help="Of teacher and student.  [default: 1]")
+@click.option("--alpha", type=float, help="Weight of explicit knowledge.  [default: 1]")
+@click.option("--beta", type=float, help="Weight of implicit knowledge.  [default: 0.5]")
+@click.option("--swap", is_flag=True, help="The cross-entropy goes behind the serial layer.")
+@click.option("--count", type=click.IntRange(1), help="Probes to learn from.  [default: 40960]")
+@click.option("--calibration", type=click.IntRange(1), help="Probes that set the band.  [default: 10240]")
+@click.option("--angle-rad", type=float, help="Largest angle of a probe.  [default: 0.8]")
+@click.option("--steps", type=click.IntRange(1), help="Optimiser steps.  [default: 4000]")
+@click.option("--batch", type=click.IntRange(1), help="Probes of a step.  [default: 64]")
+@click.option("--lr", type=click.FloatRange(0, min_open=True), help="Learning rate.  [default: 0.002]")
+@click.option(
+    "--width", "widths", type=click.IntRange(1), multiple=True, help="Of a block.  [default: 48, 64 and 96]"
+)
+@click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
+@click.option("--cpu", is_flag=True, help="Stay on the processor.")
+def distill(model: str, prompts: str | None, column: str, out: Path, **options: Any) -> None:
+    """Write the model again with a latent checker, so that detection needs no image decoder.
+
+    A run that was stopped goes on when it is called again with the same options.
+    """
+    from dataclasses import replace
+
+    from safelight.defenses.latent_checker import PLAN, Config, distill, loss_of
+    from safelight.engine.model_source import find_model
+
+    if prompts is None and model != SHAPES:
+        raise click.UsageError(f"--prompts FILE is needed for {model}; `--prompts shapes` for its captions")
+    texts = None if prompts in (None, SHAPES) else _read(Path(str(prompts)), column)
+    told = {key: options[key] for key in ("temperature", "alpha", "beta") if options[key] is not None}
+    config = Config(
+        distillation=replace(loss_of(options["loss"], options["form"]), **told),
+        swap=options["swap"],
+        **{
+            key: options[key]
+            for key in ("count", "calibration", "angle_rad", "widths")
+            if options[key] not in (None, ())
+        },
+    )
+    plan = replace(
+        PLAN,
+        seed=options["seed"],
+        **{key: options[key] for key in ("steps", "batch", "lr") if options[key] is not None},
+    )
+    band = distill(find_model(model), out, config, plan, texts, cpu=options["cpu"])
+    share = band.inside / band.probes
+    click.echo(f"band {band.band:g}: {band.inside} of {band.probes} probes inside ({share:.2%})")
+    click.echo(f"student and teacher disagree on {band.disagreed}, {band.outside} of them outside the band")
+    click.echo(f"safelight: written to {out}", err=True)
+
+
+def _read(path: Path, column: str) -> list[str]:
+    from safelight.engine.prompt_file import read_prompts
+
+    texts = []
+    for row in read_prompts(path, column):
+        if row.prompt is None:
+            raise ValueError(f"{path}: row {row.number}: {row.fault}; mend it, every row is learnt from")
+        texts.append(row.prompt)
+    return texts
