@@ -1,5 +1,7 @@
 """The band around 0 in which a student's margin is not trusted, and its calibration. Knows margins, no
 network.
+
+A wrong answer on one probe matters where it turns a vote, so the band is set on votes. Reconstruction.
 """
 
 import math
@@ -16,47 +18,82 @@ _DIGITS = 6  # of the band; other runtimes' margins agree to about as many
 
 @dataclass(frozen=True, slots=True)
 class DecisionBand:
-    """`band`, half its width in margin, and what was seen of `probes` probes: `inside` lie in it, `disagreed`
-    are judged otherwise than by the teacher wherever they lie, `outside` of these beyond it.
+    """`band`, half its width in margin, and what was seen of `requests` requests and their `probes` probes.
+
+    `disagreed` probes are judged otherwise than by the teacher, wherever they lie; `inside` lie in the band.
+    `changed_alone` votes are other than the teacher's where the student alone is asked, `changed` where the
+    teacher is asked inside the band.
     """
 
     band: float
+    requests: int
     probes: int
-    inside: int
     disagreed: int
-    outside: int
+    inside: int
+    changed_alone: int
+    changed: int
 
     @staticmethod
-    def check(probes: int, limit: float) -> None:
-        """Raises ValueError where not even no disagreement at all would show a share of at most `limit`."""
-        if wilson(0, probes)[1] > limit:
+    def check(requests: int, limit: float) -> None:
+        """Raises ValueError where not even no changed vote at all would show a share of at most `limit`."""
+        if wilson(0, requests)[1] > limit:
             z_square = 1.959964**2
             least = math.ceil(z_square * (1 - limit) / limit)
             raise ValueError(
-                f"{probes} probes cannot show at most {limit:g} disagreement; use at least {least}"
+                f"{requests} requests cannot show at most {limit:g} changed votes; use at least {least}"
             )
 
 
-def calibrate_band(margins: Tensor, flagged: Tensor, limit: float) -> DecisionBand:
-    """The smallest band that a teacher's judgements allow, and at least 1e-6.
+def calibrate_band(margins: Tensor, flagged: Tensor, *, need: int, limit: float) -> DecisionBand:
+    """The smallest band, at least 1e-6, from which on the votes of a cascade are the teacher's.
 
-    margins (N,): the student's largest margins; flagged bool (N,): the teacher's answers. A probe lies inside
-    where |margin| <= band, and goes to the teacher. Rule: of all N probes, those outside on which the two
-    disagree are so few that the upper end of their share's 95% Wilson interval is at most `limit`. Raises
-    ValueError where N is too small for that, SafelightError for a margin that is not finite.
+    margins (R, P): the student's largest margins of R requests' P probes; flagged bool (R, P): the teacher's
+    answers; a request is blocked by `need` flagged probes. A probe lies inside where |margin| <= band, and
+    goes to the teacher. Rule: with this band, and with every wider one, so few votes change that the upper
+    end of their share's 95% Wilson interval is at most `limit`. Raises ValueError where R is too small for
+    that, SafelightError for a margin that is not finite.
     """
     count = len(margins)
     DecisionBand.check(count, limit)
     if not torch.isfinite(margins).all():
         raise SafelightError("the student answers with margins that are not finite; train it again")
     size = margins.double().abs()
-    wrong = (margins > 0) != flagged
     allowed = 0
     while allowed < count and wilson(allowed + 1, count)[1] <= limit:
         allowed += 1
-    furthest = size[wrong].sort(descending=True).values
+    critical = _critical(size, margins > 0, flagged, need).sort(descending=True).values
     band = 10.0**-_DIGITS  # not 0, which says that nobody set a band
-    if len(furthest) > allowed:
-        band = max(band, math.ceil(float(furthest[allowed]) * 10**_DIGITS) / 10**_DIGITS)
+    if float(critical[allowed]) >= 0:
+        band = max(band, math.ceil(float(critical[allowed]) * 10**_DIGITS) / 10**_DIGITS)
+
+    def changed(within: Tensor) -> int:
+        answers = torch.where(within, flagged, margins > 0)
+        return int(((answers.sum(1) >= need) != (flagged.sum(1) >= need)).sum())
+
     within = size <= band
-    return DecisionBand(band, count, int(within.sum()), int(wrong.sum()), int((wrong & ~within).sum()))
+    return DecisionBand(
+        band,
+        requests=count,
+        probes=margins.numel(),
+        disagreed=int(((margins > 0) != flagged).sum()),
+        inside=int(within.sum()),
+        changed_alone=changed(torch.zeros_like(within)),
+        changed=changed(within),
+    )
+
+
+def _critical(size: Tensor, said: Tensor, flagged: Tensor, need: int) -> Tensor:
+    """Per request the widest band that must be exceeded for its vote to be the teacher's from there on,
+    float64 (R,); -1 where it always is.
+
+    Wrong probes leave the band one by one, the largest first, while it shrinks; the first size at which the
+    vote then differs is the request's.
+    """
+    wrong = said != flagged
+    order = torch.where(wrong, size, -1.0).sort(dim=1, descending=True)
+    shift = torch.where(wrong, said.long() - flagged.long(), 0).gather(1, order.indices)
+    hits = flagged.long().sum(1, keepdim=True)
+    differs = ((hits + shift.cumsum(1)) >= need) != (hits >= need)
+    first = differs & (differs.long().cumsum(1) == 1)
+    found = torch.where(first, order.values, -1.0)
+    return found.amax(1)

@@ -20,18 +20,25 @@ from torch import Tensor, nn
 from safelight.defenses.decision_band import DecisionBand, calibrate_band
 from safelight.defenses.distillation import Distillation, SerialLayer
 from safelight.defenses.run import work_folder
-from safelight.defenses.taught_probes import ImageTeacher, TaughtProbes, shapes_captions
+from safelight.defenses.taught_probes import (
+    ImageTeacher,
+    TaughtProbes,
+    around,
+    scattered,
+    shapes_captions,
+)
 from safelight.defenses.trainer import Plan, Step, train
 from safelight.defenses.training_model import TrainingModel
 from safelight.engine.latent_checker import LatentChecker
 from safelight.engine.model_folder import ModelFolder
 from safelight.errors import SafelightError
 from safelight.models.shapes.captions import split_of
+from safelight.probe import ProbeConfig
 
 METHOD = "aekt"
 PART = "latent_checker"
 PLAN = Plan(
-    steps=4000, lr=2e-3, batch=64, weight_decay=0.02, warmup=100, decay="cosine", checkpoint_every=500
+    steps=2500, lr=2e-3, batch=64, weight_decay=0.02, warmup=100, decay="cosine", checkpoint_every=500
 )
 
 
@@ -49,32 +56,34 @@ def loss_of(loss: str, form: str = "log_ratio") -> Distillation:
 class Config:
     """How a latent checker is taught. Raises ValueError for what is out of range.
 
-    `count` probes to learn from, angles uniform in [0, `angle_rad`]: the largest angle that a policy will
+    `count` probes to learn from, angles uniform in [0, `largest_rad`]: the largest angle that a policy will
     use. `restricted` is the share of the shipped model's captions that ask for its restricted kind. `swap`
     gives the cross-entropy to the far side of the serial layer. `widths` and `logit_scale` are the student's.
-    `calibration` probes set the band, outside which at most `disagreement` of all probes, at the upper end of
-    the 95% interval, may be judged otherwise than by the image checker.
+    The band is set on `calibration` whole requests under `policy` (spherical probes of the prompt, whatever
+    its kind): it is the smallest with which at most `changed` of all votes, at the upper end of the 95%
+    interval, are other than the image checker's.
     """
 
     distillation: Distillation = field(default_factory=lambda: loss_of(METHOD))
     swap: bool = False
-    count: int = 40_960
-    calibration: int = 10_240
-    angle_rad: float = 0.8
+    count: int = 16_384
+    largest_rad: float = 0.8
     restricted: float = 0.4
-    widths: tuple[int, ...] = (48, 64, 96)
+    widths: tuple[int, ...] = (32, 48, 64)
     logit_scale: float = 30.0
-    disagreement: float = 5e-4
+    calibration: int = 4096
+    policy: ProbeConfig = field(default_factory=lambda: ProbeConfig(angle_rad=0.6, threshold=0.625))
+    changed: float = 1e-3
 
     def __post_init__(self) -> None:
         for name, ok in (
             ("count", self.count >= 1),
             ("calibration", self.calibration >= 1),
-            ("angle_rad", 0 <= self.angle_rad <= 3.2),
+            ("largest_rad", 0 <= self.largest_rad <= 3.2),
             ("restricted", 0 <= self.restricted <= 1),
             ("widths", bool(self.widths) and all(width >= 1 for width in self.widths)),
             ("logit_scale", self.logit_scale > 0),
-            ("disagreement", 0 < self.disagreement < 1),
+            ("changed", 0 < self.changed < 1),
         ):
             if not ok:
                 raise ValueError(f"{name} is out of range; got {getattr(self, name)!r}")
@@ -200,11 +209,11 @@ def distill(
     `prompts` None takes the captions of the shipped model. The weights are rounded to the folder's dtype
     before the band is set. Probes and checkpoints lie in `.<out>.training` beside `out` until it is whole,
     and a run that was stopped goes on from there. Raises SafelightError where `out` holds something, and
-    ValueError where `calibration` is too small for `disagreement`.
+    ValueError where `calibration` is too small for `changed`.
     """
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise SafelightError(f"{out} exists and is not an empty folder; name a new one")
-    DecisionBand.check(config.calibration, config.disagreement)
+    DecisionBand.check(config.calibration, config.changed)
     captions = (
         Captions.of_shapes(config, plan.seed) if prompts is None else Captions.of_prompts(prompts, config)
     )
@@ -214,27 +223,38 @@ def distill(
     teacher = ImageTeacher(opened)
     work = work_folder(out)
 
-    def judged(name: str, texts: Sequence[str], seed: int) -> TaughtProbes:
-        path = work / f"{name}.safetensors"
-        return teacher.kept(path, texts, config.angle_rad, seed, name=name)
+    policy, seed = config.policy, 2 * plan.seed
+    requests = [text for text in captions.calibration for _ in range(policy.count)]
+
+    def judged(name: str, texts: Sequence[str], angle: Tensor, seed: int) -> TaughtProbes:
+        return teacher.kept(work / f"{name}.safetensors", texts, angle, seed, name=name)
 
     with processes.main_process_first():
-        lessons = judged("lessons", captions.lessons, 2 * plan.seed)
-        others = judged("calibration", captions.calibration, 2 * plan.seed + 1)
+        angles = scattered(config.count, config.largest_rad, seed)
+        lessons = judged("lessons", captions.lessons, angles, seed)
+        angles = around(config.calibration, policy.count, policy.angle_rad)
+        others = judged("calibration", requests, angles, seed + 1)
     student = build_student(opened, teacher.concepts, config, plan.seed)
     objective = LatentDistillation(student, lessons, config, batch=plan.batch)
-    about = {"method": METHOD, "model": opened.folder.digests(), "config": asdict(config)}
+    about = {"method": METHOD, "model": opened.folder.digests(), "config": _plain(config)}
     train(objective, plan, work, name=METHOD, about=about, cpu=cpu)
     networks = objective.networks()
     checker = _rounded(networks[PART], opened.folder)
-    band = calibrate_band(largest_margins(checker, others.latents), others.flagged, config.disagreement)
+    margins = largest_margins(checker, others.latents).view(-1, policy.count)
+    flagged = others.flagged.view(-1, policy.count)
+    band = calibrate_band(margins, flagged, need=policy.need, limit=config.changed)
     checker.register_to_config(band=band.band)  # type: ignore[operator]
-    record = {"method": METHOD, "concepts": [], "config": asdict(config), "plan": asdict(plan)}
+    record = {"method": METHOD, "concepts": [], "config": _plain(config), "plan": asdict(plan)}
     if processes.is_main_process:
         opened.save(out, networks, {**record, "band": asdict(band)}, work / "losses.csv")
         shutil.rmtree(work)
     processes.wait_for_everyone()
     return band
+
+
+def _plain(config: Config) -> dict[str, Any]:
+    """The settings as plain values."""
+    return {**asdict(replace(config, policy=ProbeConfig())), "policy": config.policy.to_json()}
 
 
 def _rounded(network: nn.Module, folder: ModelFolder) -> nn.Module:

@@ -33,7 +33,9 @@ class Config:
     released target of the mosaic, `"exact"` the one that decodes to it [derived, methods 4.3.4].
 
     Ours, off by default: `t_low`, `t_high`, the range of timesteps as shares of T; `text="caption"` gives
-    half of the triplets, drawn anew at each step, their own prompts as text in place of the empty one.
+    target pictures their own prompts as text in place of the empty one, and benign ones theirs in half of
+    the cases, drawn anew at each step: the empty branch then only learns to stay as it is, while it is the
+    conditional one that forgets.
     """
 
     triplets: str = ""
@@ -192,8 +194,10 @@ class SafeGen:
         empty = self.hidden.expand(2 * len(rows), -1, -1)
         if self.config.text == "empty":
             return empty
-        told = step.integers(0, 2, len(rows)).to(empty.device).bool().repeat(2)
-        return torch.where(told[:, None, None], self.texts[:, rows.to(empty.device)].flatten(0, 1), empty)
+        told = torch.ones(2 * len(rows), dtype=torch.bool)
+        told[len(rows) :] = step.integers(0, 2, len(rows)).bool()
+        own = self.texts[:, rows.to(empty.device)].flatten(0, 1)
+        return torch.where(told.to(empty.device)[:, None, None], own, empty)
 
 
 def picture_edge(model: TrainingModel) -> int:

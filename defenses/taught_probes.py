@@ -105,9 +105,9 @@ class ImageTeacher:
         return detector.checker.margins(detector.checker.embed(checked))
 
     def teach(
-        self, captions: Sequence[str], largest_rad: float, seed: int, *, name: str = "probes"
+        self, captions: Sequence[str], angle: Tensor, seed: int, *, name: str = "probes"
     ) -> TaughtProbes:
-        """One probe of each caption, angles uniform in [0, `largest_rad`], judged.
+        """One probe of each caption at `angle` float32 (N,) radians, judged.
 
         Raises SafelightError where a network answers with something that is not finite.
         """
@@ -115,8 +115,7 @@ class ImageTeacher:
         for at in tqdm(range(0, len(captions), CHUNK), desc=name, mininterval=1):
             some = captions[at : at + CHUNK]
             generator = torch.Generator().manual_seed((seed * 1_000_003 + at) * 257 + 11)
-            angle = torch.rand(len(some), generator=generator) * largest_rad
-            latents = self.draw(some, angle.to(self.model.device), generator)
+            latents = self.draw(some, angle[at : at + CHUNK].to(self.model.device), generator)
             drawn.append(latents.cpu())
             judged.append(self.margins(latents).cpu())
         found = TaughtProbes(torch.cat(drawn), torch.cat(judged))
@@ -127,21 +126,33 @@ class ImageTeacher:
         return found
 
     def kept(
-        self, path: Path, captions: Sequence[str], largest_rad: float, seed: int, *, name: str
+        self, path: Path, captions: Sequence[str], angle: Tensor, seed: int, *, name: str
     ) -> TaughtProbes:
         """`teach`, or what it gave before where `path` holds it for the same model, captions and numbers."""
-        asked = json.dumps([self.model.folder.digests(), list(captions), largest_rad, seed])
+        asked = json.dumps([self.model.folder.digests(), list(captions), angle.tolist(), seed])
         key = hashlib.sha256(asked.encode()).hexdigest()
         if path.exists():
             with safe_open(path, "pt") as file:
                 if (file.metadata() or {}).get("asked") == key:
                     return TaughtProbes(file.get_tensor("latents"), file.get_tensor("margins"))
-        found = self.teach(captions, largest_rad, seed, name=name)
+        found = self.teach(captions, angle, seed, name=name)
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_suffix(".partial")
         save_file({"latents": found.latents, "margins": found.margins}, partial, metadata={"asked": key})
         partial.replace(path)
         return found
+
+
+def scattered(count: int, largest_rad: float, seed: int) -> Tensor:
+    """Angles float32 (count,), uniform in [0, `largest_rad`]."""
+    return torch.rand(count, generator=torch.Generator().manual_seed(seed)) * largest_rad
+
+
+def around(requests: int, probes: int, angle_rad: float) -> Tensor:
+    """Angles float32 (requests * probes,) of whole requests: the request itself, then its probes."""
+    angles = torch.full((requests, probes), angle_rad)
+    angles[:, 0] = 0
+    return angles.flatten()
 
 
 def shapes_captions(split: str, count: int, seed: int, *, restricted: float) -> list[str]:

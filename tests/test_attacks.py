@@ -9,19 +9,25 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
-from safelight.bench.attacks import ATTACKS
-from safelight.bench.attacks.checker_latent import ANGLE_RAD, moved
+from safelight.bench.attacks import ATTACKS, checker_embedding, checker_latent
 from safelight.bench.attacks.concept_vector import EmbeddingMatch
 from safelight.bench.attacks.coordinate_search import Wording, search
 from safelight.bench.attacks.family import Budget
 from safelight.bench.attacks.objectives import NoiseMatch, SilentProbes, SilentStar
+from safelight.bench.attacks.selection import drawn
+from safelight.bench.attacks.silencing import MARGIN, silenced, turned
 from safelight.bench.attacks.victim import Victim, unrounded_input
 from safelight.bench.attacks.wording import around, noun, renamed
+from safelight.engine.backends import open_backend
+from safelight.engine.bundle import open_bundle
+from safelight.engine.guidance import Redirection, SafeCFG
 from safelight.engine.latent_checker import LatentChecker
 from safelight.engine.redirector import Redirector
+from safelight.engine.sampler import Sampler, Trajectory
 from safelight.kernels.reference import clip_input, probe_rotate
 from safelight.models.shapes import MODEL_FOLDER
 from safelight.models.shapes.captions import HELD_OUT_FORMS, SURFACE_FORMS
@@ -32,6 +38,7 @@ SPARE = {
     "concept_vector": Budget(steps=2, candidates=4, starts=1, calls=70),
     "inversion": Budget(steps=3, starts=1, calls=60),
     "checker_latent": Budget(steps=2, starts=1, calls=200),
+    "checker_embedding": Budget(steps=2, starts=1, calls=200),
     "checker_prompt": Budget(steps=1, candidates=2, starts=1, calls=420),
     "adaptive_redirector": Budget(steps=1, candidates=4, starts=1, calls=250),
     "adaptive_probes": Budget(steps=1, candidates=2, starts=1, calls=320),
@@ -179,25 +186,81 @@ def test_inversion_hides_the_noun(victim: Victim) -> None:
 
 
 def test_latents_stay_on_their_sphere_and_within_the_angle(victim: Victim) -> None:
-    attempts = importlib.import_module(ATTACKS["checker_latent"]).craft(
-        victim, TASKS, SPARE["checker_latent"]
-    )
-    found = torch.stack([torch.from_numpy(one.latents) for one in attempts])
-    first = victim.starts([one.seed for one in attempts])
-    assert torch.allclose(found.flatten(1).norm(dim=1), first.flatten(1).norm(dim=1), rtol=1e-5)
-    assert bool((angles(found, first) <= ANGLE_RAD + 1e-4).all())
+    attempts = checker_latent.craft(victim, TASKS, SPARE["checker_latent"])
+    found = torch.stack([torch.from_numpy(one.latents) for one in attempts]).flatten(1)
+    first = victim.starts([one.seed for one in attempts]).flatten(1)
+    assert torch.allclose(found.norm(dim=1), first.norm(dim=1), rtol=1e-5)
+    assert bool((angles(found, first) <= checker_latent.ANGLE_RAD + 1e-4).all())
+
+
+def test_embeddings_keep_their_norms_and_angles_and_begin_token(
+    victim: Victim, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(victim, "margins", lambda pictures: pictures.flatten(1).mean(1, keepdim=True))  # loud
+    monkeypatch.setattr(checker_embedding, "STRIDE_RAD", 0.3)  # so that the bound is met
+    attempts = checker_embedding.craft(victim, TASKS, replace(SPARE["checker_embedding"], steps=4))
+    found = torch.stack([torch.from_numpy(one.hidden) for one in attempts])
+    first = victim.hidden(victim.ids(TASKS))
+    assert [one.text for one in attempts] == TASKS and all(one.latents is None for one in attempts)
+    torch.testing.assert_close(found.norm(dim=2), first.norm(dim=2), rtol=1e-5, atol=1e-6)
+    assert torch.equal(found[:, 0], first[:, 0])
+    turned_by = angles(found.flatten(0, 1), first.flatten(0, 1)).view(2, -1)
+    assert float(turned_by.max()) == pytest.approx(checker_embedding.ANGLE_RAD, abs=1e-3)
 
 
 @pytest.mark.parametrize("length", [0.0, 0.01, 0.5, 30.0])
 def test_a_move_keeps_norm_and_bound(length: float) -> None:
     torch.manual_seed(1)
-    first, at, step = (torch.randn(3, 4, 8, 8) for _ in range(3))
-    at = moved(first, 0.05 * at / at.flatten(1).norm(dim=1).view(-1, 1, 1, 1), first)
-    found = moved(at, length * step / step.flatten(1).norm(dim=1).view(-1, 1, 1, 1), first)
-    assert torch.allclose(found.flatten(1).norm(dim=1), first.flatten(1).norm(dim=1), rtol=1e-5)
-    assert bool((angles(found, first) <= ANGLE_RAD + 1e-4).all())
+    first, at, step = (torch.randn(3, 200) for _ in range(3))
+    at = turned(first, 0.05 * at / at.norm(dim=1, keepdim=True), first, angle_rad=0.7)
+    found = turned(at, length * step / step.norm(dim=1, keepdim=True), first, angle_rad=0.7)
+    assert torch.allclose(found.norm(dim=1), first.norm(dim=1), rtol=1e-5)
+    assert bool((angles(found, first) <= 0.7 + 1e-4).all())
     if length == 0:
         assert torch.allclose(found, at, atol=1e-5)
+
+
+class Line:
+    """A system whose picture is its latents, and whose checker's margin is their first coordinate."""
+
+    def sampler_calls(self) -> int:
+        return 1
+
+    def pictures(self, latents: torch.Tensor) -> torch.Tensor:
+        return latents
+
+    def margins(self, pictures: torch.Tensor) -> torch.Tensor:
+        return pictures[:, :1]
+
+
+def descended(first: torch.Tensor, steps: int, after: int, near: float = 0.3) -> torch.Tensor:
+    """Values of a `Line`, in steps of length 0.1."""
+
+    def move(values: torch.Tensor, down: torch.Tensor, first: torch.Tensor) -> torch.Tensor:
+        return values + 0.1 * down / down.norm(dim=1, keepdim=True).clamp(min=1e-9)
+
+    budget = Budget(steps=steps, calls=1000)
+    return silenced(Line(), first, lambda values, _: values, move, budget, near=near, after=after)  # type: ignore[arg-type]
+
+
+def test_descent_ends_in_silence_and_comes_back_as_near_as_it_can() -> None:
+    first = torch.tensor([[0.55, 1.0], [2.5, -1.0], [-0.5, 0.0]])
+    objective = [float(descended(first, steps, 0)[1, 0]) for steps in range(5)]
+    assert all(b < a - 0.09 for a, b in zip(objective, objective[1:], strict=False))  # before it is silent
+    alone, nearest = descended(first, 60, 0), descended(first, 60, 20)
+    assert bool((alone[:, 0] < -MARGIN).all()) and bool((nearest[:, 0] < -MARGIN).all())
+    assert torch.equal(alone[2], first[2]) and torch.equal(nearest[2], first[2])
+    far = [(found - first).norm(dim=1) for found in (alone, nearest)]
+    assert bool((far[1] <= far[0]).all()) and bool((far[1][:2] <= first[:2, 0] + MARGIN + 0.1).all())
+
+
+def test_the_objective_of_the_embedding_falls(plain: Victim, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a system that is loud about light pictures, so that there is something to fall."""
+    monkeypatch.setattr(plain, "margins", lambda pictures: pictures.flatten(1).mean(1, keepdim=True))
+    first, starts = plain.hidden(plain.ids(TASKS)), plain.starts([1, 2])
+    found = checker_embedding.quieted(plain, first, starts, Budget(steps=5, calls=1000))
+    top = [plain.margins(plain.pictures(plain.sample(hidden, starts))) for hidden in (first, found)]
+    assert bool((top[1] < top[0] - 1e-4).all())
 
 
 def angles(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
@@ -268,9 +331,10 @@ def test_gradient_runs_through_the_redirector(victim: Victim) -> None:
 
     def slope(detached: bool) -> torch.Tensor:
         hidden = victim.hidden(ids).clone().requires_grad_(True)
-        free = victim.negative(hidden)
+        redirected, prompt = victim.branches(hidden)
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(victim, "negative", lambda _: free.detach() if detached else free)
+            texts = [redirected.detach() if detached else redirected, prompt]
+            patch.setattr(victim, "branches", lambda _: texts)
             value = loss(hidden, ids, torch.arange(2)).sum()
         (found,) = torch.autograd.grad(value, hidden)
         return found
@@ -279,26 +343,74 @@ def test_gradient_runs_through_the_redirector(victim: Victim) -> None:
     assert float((whole - part).abs().max()) > 1e-3 * float(part.abs().max()) > 0
 
 
+@pytest.mark.parametrize("limit", [None, 1e-6, 100.0], ids=["plain", "full", "in proportion"])
+def test_pictures_are_the_engines(
+    guarded_bundle: Path, guarded_model: Path, limit: float | None, tol: dict
+) -> None:
+    """Of a text at a seed: distances lie above the threshold, where strength is full, or below it."""
+    bundle = open_bundle(guarded_bundle)
+    backend = open_backend("onnxruntime", bundle, threads=1)
+    system = Victim.open(guarded_model, steps=3)
+    sampler, plan = Sampler(backend, bundle.manifest), Trajectory(3, 3.0, "dpmpp_2m")
+    ids, starts = system.ids(TASKS), system.starts([1, 2])
+    hidden, empty = sampler.encode(ids.numpy()), sampler.encode(system.ids([""]).numpy())
+    redirected = Redirection(backend.stage("redirector")).redirect(hidden)
+    if limit is None:
+        system.redirector = None
+        made = sampler.sample(hidden, empty, starts.numpy(), plan)
+    else:
+        system.safe_cfg = SafeCFG(2.0, threshold=limit)
+        made, harm = sampler.sample_safely(hidden, empty, redirected, starts.numpy(), plan, system.safe_cfg)
+        assert ((harm > limit) if limit < 1 else (harm < limit)).all()
+        static = sampler.sample(hidden, redirected, starts.numpy(), plan)
+        assert np.abs(static - made).max() > 0.01  # neither is the redirector's own answer
+    pictures = drawn(system, system.hidden(ids), starts)
+    torch.testing.assert_close(pictures, torch.from_numpy(sampler.decode(made)), **tol[torch.float16])
+
+
+def test_the_redirector_of_the_folder_is_taken_and_the_served_guidance(guarded_model: Path) -> None:
+    system = Victim.open(guarded_model)
+    saved = Redirector.from_pretrained(guarded_model / "redirector").state_dict()
+    assert all(torch.equal(value, saved[name]) for name, value in system.redirector.state_dict().items())
+    assert system.safe_cfg == SafeCFG()
+    with pytest.raises(ValueError, match="must be dynamic"):
+        Victim(system.model, system.detector, safe_cfg=SafeCFG(dynamic=False))
+
+
 @pytest.mark.parametrize("redirected", [False, True])
-def test_sampler_is_the_served_one(victim: Victim, plain: Victim, redirected: bool, tol: dict) -> None:
+def test_calls_are_counted_and_a_known_empty_answer_changes_nothing(
+    victim: Victim, plain: Victim, redirected: bool, tol: dict
+) -> None:
     system = victim if redirected else plain
     hidden, starts = system.hidden(system.ids(TASKS)), system.starts([1, 2])
-    model = system.model
-    served = model.sample(
-        model.unet,
-        hidden,
-        starts,
-        steps=system.steps,
-        guidance_scale=3.0,
-        solver="dpmpp_2m",
-        free=system.negative(hidden),
-    )
+    assert system.sampler_calls() == (3 if redirected else 2) * system.steps
     before = system.calls
-    assert torch.allclose(system.sample(hidden, starts), served, **tol[torch.float32])
+    system.sample(hidden, starts)
     assert system.calls - before == 2 * system.sampler_calls()
     before, free = system.calls, hidden.clone().requires_grad_(True)
     assert system.sample(free, starts).requires_grad
     assert system.calls - before == 3 * 2 * system.sampler_calls()
+    t = torch.tensor([300, 700])
+    known = system.answer(starts, t, system.empty(2))
+    before = system.calls
+    found = system.guided(starts, t, hidden, known)
+    assert system.calls - before == 2 * (2 if redirected else 1)
+    again = system.guided(starts, t, hidden)
+    torch.testing.assert_close(found, again, **tol[torch.float16])  # batches of other sizes round otherwise
+
+
+def test_a_redirector_that_changes_nothing_is_plain_guidance_with_a_gradient(
+    plain: Victim, tol: dict
+) -> None:
+    idle = Redirector(width=64, window=32).eval().requires_grad_(False)
+    idle.null.copy_(plain.empty(1)[0])
+    system = Victim(plain.model, plain.detector, redirector=idle, steps=2)
+    starts, slopes = plain.starts([1, 2]), []
+    for one in (system, plain):
+        hidden = one.hidden(one.ids(TASKS)).clone().requires_grad_(True)
+        made = one.sample(hidden, starts)
+        slopes.append((made.detach(), torch.autograd.grad(made.square().mean(), hidden)[0]))
+    torch.testing.assert_close(slopes[0], slopes[1], **tol[torch.float32])
 
 
 def test_token_embeddings_may_take_the_tables_place(plain: Victim, tol: dict) -> None:

@@ -21,7 +21,7 @@ from safelight.defenses.latent_checker import (
     largest_margins,
     loss_of,
 )
-from safelight.defenses.taught_probes import ImageTeacher, TaughtProbes, shapes_captions
+from safelight.defenses.taught_probes import ImageTeacher, TaughtProbes, around, scattered, shapes_captions
 from safelight.defenses.trainer import train
 from safelight.defenses.training_model import TrainingModel, read_record
 from safelight.engine.bundle import SHIPPED, open_bundle
@@ -31,9 +31,12 @@ from safelight.engine.neighbourhood import Neighbourhood, Request
 from safelight.errors import SafelightError
 from safelight.models.shapes import MODEL_FOLDER
 from safelight.models.shapes.captions import HELD_OUT_FORMS, split_of
+from safelight.probe import ProbeConfig
 from safelight.statistics import wilson
 
-SMALL = Config(count=40, calibration=24, widths=(8,), disagreement=0.2)
+SMALL = Config(
+    count=40, calibration=16, widths=(8,), changed=0.25, policy=ProbeConfig(count=3, threshold=0.5)
+)
 SHORT = replace(PLAN, steps=6, batch=8, warmup=2, checkpoint_every=2)
 PROMPTS = ["a red circle", "a blue star", "", "a small green s t a r on the left and a very long end"]
 
@@ -103,13 +106,14 @@ def test_a_probe_depends_on_seed_and_place_and_kept_probes_are_not_drawn_again(
     teacher, tmp_path, monkeypatch
 ):
     texts = [*PROMPTS] * 5
-    first = teacher.kept(tmp_path / "p.safetensors", texts, 0.6, 3, name="p")
-    again = teacher.teach(texts, 0.6, 3)
+    angle = scattered(len(texts), 0.6, 7)
+    first = teacher.kept(tmp_path / "p.safetensors", texts, angle, 3, name="p")
+    again = teacher.teach(texts, angle, 3)
     assert torch.equal(first.latents, again.latents) and torch.equal(first.margins, again.margins)
-    other = teacher.kept(tmp_path / "p.safetensors", texts, 0.6, 4, name="p")
+    other = teacher.kept(tmp_path / "p.safetensors", texts, angle, 4, name="p")
     assert not torch.equal(first.latents, other.latents)
     monkeypatch.setattr(ImageTeacher, "teach", None)
-    kept = teacher.kept(tmp_path / "p.safetensors", texts, 0.6, 4, name="p")
+    kept = teacher.kept(tmp_path / "p.safetensors", texts, angle, 4, name="p")
     assert torch.equal(kept.latents, other.latents) and torch.equal(kept.margins, other.margins)
 
 
@@ -129,14 +133,14 @@ def test_the_restricted_kind_has_its_share(share):
 
 def test_prompts_are_parted_by_their_text():
     found = Captions.of_prompts([f"prompt {at}" for at in range(60)] * 2, SMALL)
-    assert len(found.lessons) == 40 and len(found.calibration) == 24
+    assert len(found.lessons) == 40 and len(found.calibration) == 16
     assert not set(found.lessons) & set(found.calibration)
     with pytest.raises(ValueError, match="1 prompts cannot be parted"):
         Captions.of_prompts(["prompt"] * 9, SMALL)
 
 
 def lesson(opened, teacher, config=SMALL):
-    probes = teacher.teach(PROMPTS * 10, 0.8, 0)
+    probes = teacher.teach(PROMPTS * 10, scattered(10 * len(PROMPTS), 0.8, 0), 0)
     return LatentDistillation(build_student(opened, teacher.concepts, config, 0), probes, config, batch=8)
 
 
@@ -175,7 +179,8 @@ def test_the_folder_is_the_old_one_with_a_latent_checker(tiny_model, tmp_path):
     assert checker.config.band == band.band and checker.config.concepts == 17
     entry = read_record(tmp_path / "out")[-1]
     assert entry["method"] == "aekt" and entry["networks"] == ["latent_checker"]
-    assert entry["band"]["probes"] == 24 and entry["config"]["distillation"]["form"] == "log_ratio"
+    assert entry["band"]["requests"] == 16 and entry["band"]["probes"] == 48
+    assert entry["config"]["policy"]["count"] == 3 and entry["config"]["distillation"]["form"] == "log_ratio"
     assert (tmp_path / "out" / entry["losses"]).exists()
     assert not list(tmp_path.glob(".out*"))
 
@@ -183,77 +188,92 @@ def test_the_folder_is_the_old_one_with_a_latent_checker(tiny_model, tmp_path):
 def test_the_band_is_set_on_the_weights_as_they_are_stored(tiny_model, tmp_path, monkeypatch):
     seen = {}
 
-    def look(margins, flagged, limit):
-        seen["margins"] = margins
-        return calibrate_band(margins, flagged, limit)
+    def look(margins, flagged, **rule):
+        seen["margins"], seen["need"] = margins, rule["need"]
+        return calibrate_band(margins, flagged, **rule)
 
     monkeypatch.setattr("safelight.defenses.latent_checker.calibrate_band", look)
     distill(tiny_model, tmp_path / "out", SMALL, SHORT, cpu=True)
     opened = TrainingModel.open(tiny_model)
     texts = Captions.of_shapes(SMALL, SHORT.seed).calibration
-    latents = ImageTeacher(opened).teach(texts, SMALL.angle_rad, 1).latents
+    texts = [text for text in texts for _ in range(3)]
+    latents = ImageTeacher(opened).teach(texts, around(16, 3, 0.6), 1).latents
     stored = ModelFolder.open(tmp_path / "out").load("latent_checker")
-    assert torch.equal(largest_margins(stored, latents), seen["margins"])
+    assert torch.equal(largest_margins(stored, latents).view(16, 3), seen["margins"]) and seen["need"] == 2
     assert next(iter(load_file(next((tmp_path / "out/latent_checker").glob("*.safetensors"))).values())).dtype
 
 
-def margins_and_answers(seed, count=4000):
+def margins_and_answers(seed, count=4000, probes=8):
     """A student that is wrong the more often, the nearer its margin is to 0."""
     generator = torch.Generator().manual_seed(seed)
-    margins = torch.randn(count, generator=generator)
-    wrong = torch.rand(count, generator=generator) < 0.3 * torch.exp(-4 * margins.abs())
+    lean = 0.5 * torch.randn(count, 1, generator=generator)
+    margins = lean + torch.randn(count, probes, generator=generator)
+    wrong = torch.rand(count, probes, generator=generator) < 0.3 * torch.exp(-4 * margins.abs())
     return margins, (margins > 0) != wrong
 
 
+def changed(margins, flagged, need, band):
+    answers = torch.where(margins.double().abs() <= band, flagged, margins > 0)
+    return int(((answers.sum(1) >= need) != (flagged.sum(1) >= need)).sum())
+
+
 @pytest.mark.parametrize("seed", [0, 1, 2])
-@pytest.mark.parametrize("limit", [0.002, 0.01, 0.05])
-def test_the_band_is_the_smallest_that_keeps_the_rule(seed, limit):
+@pytest.mark.parametrize("need, limit", [(1, 0.002), (2, 0.002), (5, 0.005), (8, 0.005)])
+def test_the_band_is_the_smallest_that_keeps_the_rule(seed, need, limit):
     margins, flagged = margins_and_answers(seed)
-    found = calibrate_band(margins, flagged, limit)
-    wrong = (margins > 0) != flagged
+    found = calibrate_band(margins, flagged, need=need, limit=limit)
+    sizes = margins.double().abs()[(margins > 0) != flagged].sort().values
+    for band in [found.band, *sizes[sizes > found.band][:40].tolist()]:
+        assert wilson(changed(margins, flagged, need, band), 4000)[1] <= limit
+    narrower = float(sizes[sizes <= found.band].max())
+    assert wilson(changed(margins, flagged, need, narrower - 1e-9), 4000)[1] > limit
+    assert found.band - narrower < 2e-6, "no wider than the probe that it must hold"
     size = margins.double().abs()
+    assert found.inside == int((size <= found.band).sum()) and found.probes == 32_000
+    assert found.changed == changed(margins, flagged, need, found.band)
+    assert found.changed_alone == changed(margins, flagged, need, -1.0)
+    assert found.disagreed == len(sizes)
 
-    def outside(band):
-        return int((wrong & (size > band)).sum())
 
-    assert wilson(outside(found.band), 4000)[1] <= limit
-    largest_inside = float(size[wrong & (size <= found.band)].max())
-    assert wilson(outside(largest_inside - 1e-9), 4000)[1] > limit
-    assert found.band - largest_inside < 2e-6, "no wider than the disagreement that it must hold"
-    assert found.inside == int((size <= found.band).sum()) and found.outside == outside(found.band)
-    assert found.disagreed == int(wrong.sum())
+def test_a_wrong_probe_that_turns_no_vote_needs_no_band():
+    margins = torch.full((4000, 3), -1.0)
+    flagged = margins > 0
+    flagged[::2, 0] = True  # one of three, where two are needed
+    found = calibrate_band(margins, flagged, need=2, limit=1e-3)
+    assert (found.band, found.inside, found.disagreed, found.changed_alone) == (1e-6, 0, 2000, 0)
+    assert calibrate_band(margins, flagged, need=1, limit=1e-3).band == pytest.approx(1.0, abs=2e-6)
 
 
 def test_a_student_that_never_errs_needs_no_band_and_one_that_always_does_sends_all():
     margins, _ = margins_and_answers(0)
-    perfect = calibrate_band(margins, margins > 0, 0.001)
+    perfect = calibrate_band(margins, margins > 0, need=3, limit=0.001)
     assert (perfect.band, perfect.inside, perfect.disagreed) == (1e-6, 0, 0)
-    hopeless = calibrate_band(margins, margins <= 0, 0.001)
-    assert hopeless.outside < 5 and hopeless.inside == 4000 - hopeless.outside
+    hopeless = calibrate_band(margins, margins <= 0, need=4, limit=0.001)
+    assert hopeless.changed == 0 and hopeless.inside > 0.8 * hopeless.probes
 
 
 @pytest.mark.parametrize("limit", [5e-4, 1e-2])
-def test_too_few_probes_are_refused_with_the_number_that_is_needed(limit):
-    margins = torch.linspace(-1, 1, 5)
+def test_too_few_requests_are_refused_with_the_number_that_is_needed(limit):
+    margins = torch.linspace(-1, 1, 5)[:, None]
     with pytest.raises(ValueError, match="use at least") as refused:
-        calibrate_band(margins, margins > 0, limit)
+        calibrate_band(margins, margins > 0, need=1, limit=limit)
     least = int(str(refused.value).rsplit(" ", 1)[1])
-    margins = torch.linspace(-1, 1, least)
-    assert calibrate_band(margins, margins > 0, limit).band == 1e-6
+    margins = torch.linspace(-1, 1, least)[:, None]
+    assert calibrate_band(margins, margins > 0, need=1, limit=limit).band == 1e-6
     with pytest.raises(ValueError):
-        calibrate_band(margins[:-1], margins[:-1] > 0, limit)
+        calibrate_band(margins[:-1], margins[:-1] > 0, need=1, limit=limit)
 
 
 def test_a_margin_that_is_not_finite_is_no_answer():
     margins, flagged = margins_and_answers(0)
-    margins[3] = torch.nan
+    margins[3, 1] = torch.nan
     with pytest.raises(SafelightError, match="not finite"):
-        calibrate_band(margins, flagged, 0.01)
+        calibrate_band(margins, flagged, need=5, limit=0.01)
 
 
 @pytest.mark.parametrize(
     "name, value",
-    [("count", 0), ("widths", ()), ("logit_scale", 0.0), ("disagreement", 0.0), ("restricted", 1.5)],
+    [("count", 0), ("widths", ()), ("logit_scale", 0.0), ("changed", 0.0), ("restricted", 1.5)],
 )
 def test_settings_out_of_range_are_named(name, value):
     with pytest.raises(ValueError, match=name):
@@ -269,7 +289,7 @@ def test_the_command_writes_a_folder_and_says_what_its_band_is(tiny_model, tmp_p
     missing = CliRunner().invoke(main, [*asked, "20"])
     assert missing.exit_code == 2 and "--prompts FILE is needed" in missing.output
     refused = CliRunner().invoke(main, [*asked, "20", "--prompts", str(prompts)])
-    assert refused.exit_code == 2 and "use at least 7680" in refused.output
+    assert refused.exit_code == 2 and "use at least 3838" in refused.output
     assert not list(tmp_path.glob(".out*")), "refused before anything was drawn"
 
 

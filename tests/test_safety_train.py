@@ -11,7 +11,7 @@ from safelight.bench.safety.recipes import (
     Training,
     clean_captions,
     recipes,
-    star_templates,
+    templates,
 )
 from safelight.bench.safety.system import DEFENDED
 from safelight.bench.safety.train import train_models, train_one
@@ -30,13 +30,13 @@ def test_every_row_has_its_training_and_its_settings_exist() -> None:
 
 
 def test_nothing_that_is_held_out_reaches_a_defender() -> None:
-    captions = (*clean_captions(300), *(text.format(concept="star") for text in star_templates(100)))
+    captions = (*clean_captions(300), *(text.format(concept="star") for text in templates("star", 100)))
     assert all(split_of(text) == "train" for text in clean_captions(300))
     assert all("star" not in text.split() for text in clean_captions(300))
     said = " ".join([*STARS, *captions, *(str(training) for training in recipes().values())])
     assert not any(form in said for form in HELD_OUT_FORMS)
-    assert len(set(star_templates(100))) == 100
-    assert all(text.count("{concept}") == 1 for text in star_templates(100))
+    assert len(set(templates("star", 100))) == 100
+    assert all(text.count("{concept}") == 1 for text in templates("star", 100))
 
 
 def test_what_is_there_is_left_alone_and_what_is_needed_comes_first(tmp_path: Path, monkeypatch) -> None:

@@ -16,6 +16,7 @@ ATTACKS = {
         "concept_vector",
         "inversion",
         "checker_latent",
+        "checker_embedding",
         "checker_prompt",
         "adaptive_redirector",
         "adaptive_probes",

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from safelight.bench.attacks.attempt import Attempt
-from safelight.bench.attacks.checker_latent import CHUNK, turned
+from safelight.bench.attacks.checker_latent import CHUNK, quieted
 from safelight.bench.attacks.coordinate_search import Wording, search
 from safelight.bench.attacks.family import Budget
 from safelight.bench.attacks.objectives import Both, NoiseMatch, SilentProbes
@@ -54,7 +54,7 @@ def craft_evasion(
     turning = replace(budget, steps=min(TURNS, 15 * budget.steps), starts=1, calls=half)
     latents = torch.cat(
         [
-            turned(victim, hidden[part], first[part], turning, near=NEAR)
+            quieted(victim, hidden[part], first[part], turning, near=NEAR)
             for part in torch.split(torch.arange(len(tasks)), CHUNK)
         ]
     )

@@ -56,12 +56,11 @@ class NoiseMatch:
             guidance_scale=victim.guidance_scale,
             solver=victim.solver,
         )
-        self._free: Tensor | None = None
 
     @property
     def rows(self) -> int:
         """See `Loss`."""
-        return self._count * (1 if self._victim.redirector is None else 2)
+        return self._count * (1 if self._victim.redirector is None else 2)  # the empty prompt is `renew`'s
 
     @torch.no_grad()
     def renew(self, generator: torch.Generator) -> int:
@@ -83,19 +82,16 @@ class NoiseMatch:
         self._x, self._t = x.view(shape), t.view(tasks, count)
         target = guide(free, conditional, torch.full((len(x),), self._victim.guidance_scale))
         self._target = target.view(shape)
-        if self._victim.redirector is not None:
-            return 0
         self._free = self._victim.answer(x, t, empty).view(shape)
         return count
 
     def __call__(self, hidden: Tensor, ids: Tensor, tasks: Tensor) -> Tensor:
         """See `Loss`."""
-        free = None if self._free is None else self._free[tasks].flatten(0, 1)
         out = self._victim.guided(
             self._x[tasks].flatten(0, 1),
             self._t[tasks].flatten(),
             hidden.repeat_interleave(self._count, 0),
-            free,
+            self._free[tasks].flatten(0, 1),
         )
         error: Tensor = (out - self._target[tasks].flatten(0, 1)).square().flatten(1).mean(1)
         return error.view(-1, self._count).mean(1)
@@ -159,7 +155,7 @@ class SilentProbes:
 
     def renew(self, generator: torch.Generator) -> int:
         """See `Loss`."""
-        window, width = self._victim.negative(self._victim.hidden(self._victim.ids([""]))).shape[1:]
+        window, width = self._victim.empty(1).shape[1:]
         shape = self._victim.model.latent_shape
         self._directions = torch.randn((self._tasks, self._count, window, width), generator=generator)
         self._starts = torch.randn((self._tasks, self._count, *shape), generator=generator)

@@ -1,7 +1,8 @@
 """The white-box view of a system: everything that it serves with, in float32, frozen and differentiable.
 
 Guidance is the served one: the negative branch is the empty prompt (Ho & Salimans 2022) or, where the folder
-has a redirector, its answer (SafeCFG, arXiv 2412.16039). Knows no attack. It counts the denoiser's calls.
+has a redirector, the dynamic branch of SafeCFG (arXiv 2412.16039, `kernels.reference.safe_branch`). Knows no
+attack. It counts the denoiser's calls.
 """
 
 import math
@@ -15,8 +16,9 @@ from torch import Tensor, nn
 from safelight.bench.attacks.family import BACKWARD
 from safelight.defenses.training_model import TrainingModel
 from safelight.engine.eager import DetectorModule, load_detector
+from safelight.engine.guidance import SafeCFG
 from safelight.kernels.philox import Stream, normals
-from safelight.kernels.reference import clip_input, guide, probe_rotate, scheduler_step
+from safelight.kernels.reference import clip_input, guide, probe_rotate, safe_branch, scheduler_step
 from safelight.kernels.resize import crop_window, resize_matrix
 from safelight.schedule import Solver
 
@@ -40,12 +42,18 @@ class Victim:
         reference: TrainingModel | None = None,
         redirector: nn.Module | None = None,
         latent_checker: nn.Module | None = None,
+        safe_cfg: SafeCFG | None = None,
         guidance_scale: float = 3.0,
         steps: int = 10,
         solver: Solver = "dpmpp_2m",
         angle_rad: float = ANGLE_RAD,
     ) -> None:
-        """The parts; `open` reads them from folders. Raises ValueError for a schedule without such steps."""
+        """The parts; `open` reads them from folders. `safe_cfg` None is the served one, and idle without a
+        redirector. Raises ValueError for a schedule without such steps, and for a static `safe_cfg`.
+        """
+        self.safe_cfg = SafeCFG() if safe_cfg is None else safe_cfg
+        if not self.safe_cfg.dynamic:
+            raise ValueError("a victim's safe_cfg must be dynamic, as it is served; got dynamic=False")
         self.model, self.detector, self.reference = model, detector, reference or model
         self.redirector, self.latent_checker = redirector, latent_checker
         self.guidance_scale, self.steps, self.solver, self.angle_rad = (
@@ -129,12 +137,15 @@ class Victim:
         rows = [normals(seed, Stream.LATENT, size, probes=[0]) for seed in seeds]
         return torch.from_numpy(np.concatenate(rows)).view(-1, *shape)
 
-    def negative(self, hidden: Tensor) -> Tensor:
-        """Embeddings of the negative branch (N, L, D)."""
-        if self.redirector is None:
-            return self._empty.expand(len(hidden), -1, -1)
-        found: Tensor = self.redirector(hidden)
-        return found
+    def empty(self, count: int) -> Tensor:
+        """Embeddings of the empty prompt (N, L, D)."""
+        return self._empty.expand(count, -1, -1)
+
+    def branches(self, hidden: Tensor) -> list[Tensor]:
+        """Embeddings (N, L, D) of the branches that depend on the text: the redirector's answer, where there
+        is one, and the prompt itself.
+        """
+        return [hidden] if self.redirector is None else [self.redirector(hidden), hidden]
 
     def count(self, rows: int, *inputs: Tensor) -> None:
         """Add calls of a UNet on `rows` rows."""
@@ -147,17 +158,23 @@ class Victim:
         return self.model.predict(self.model.unet, x, t, hidden)
 
     def guided(self, x: Tensor, t: Tensor, hidden: Tensor, free: Tensor | None = None) -> Tensor:
-        """The served, guided answer. `free` is the negative branch's answer where it is known already; with a
-        redirector it depends on the text and is asked for.
-        """
-        scale = torch.full((len(x),), self.guidance_scale)
-        if free is None or self.redirector is not None:
-            both = torch.cat([self.negative(hidden), hidden])
-            times = torch.cat([t, t]) if t.dim() else t
-            free, conditional = self.answer(torch.cat([x, x]), times, both).chunk(2)
-        else:
-            conditional = self.answer(x, t, hidden)
-        return guide(free, conditional, scale)
+        """The served, guided answer. `free` is the answer to the empty prompt where it is known already."""
+        texts = [*([self.empty(len(x))] if free is None else []), *self.branches(hidden)]
+        times = torch.cat([t] * len(texts)) if t.dim() else t
+        answers = list(self.answer(torch.cat([x] * len(texts)), times, torch.cat(texts)).chunk(len(texts)))
+        negative = answers.pop(0) if free is None else free
+        if self.redirector is not None:
+            negative = self._safe(negative, answers.pop(0))
+        return guide(negative, answers[0], torch.full((len(x),), self.guidance_scale))
+
+    def _safe(self, free: Tensor, redirected: Tensor) -> Tensor:
+        """SafeCFG's negative branch. Rows that agree exactly are `free`: their root has no gradient."""
+        strength, limit = (
+            torch.full((len(free),), value) for value in (self.safe_cfg.strength, self.safe_cfg.limit)
+        )
+        same = (redirected == free).flatten(1).all(1).view(-1, 1, 1, 1)
+        apart = torch.where(same, free.detach() + 1, redirected)
+        return torch.where(same, free, safe_branch(free, apart, strength=strength, threshold=limit)[0])
 
     def sample(self, hidden: Tensor, starts: Tensor, steps: int | None = None) -> Tensor:
         """Scaled latents from unit normals, by the served sampler (`steps` of it), differentiable in both."""
@@ -172,7 +189,7 @@ class Victim:
 
     def sampler_calls(self, steps: int | None = None) -> int:
         """The denoiser's calls for one picture."""
-        return 2 * (self.steps if steps is None else steps)
+        return (2 if self.redirector is None else 3) * (self.steps if steps is None else steps)
 
     def pictures(self, latents: Tensor) -> Tensor:
         """Scaled latents to pictures, differentiable."""

@@ -23,7 +23,7 @@ from safelight.bench.safety.system import System
 from safelight.engine.backends import open_backend
 from safelight.engine.bundle import Bundle
 from safelight.engine.detect import Detector
-from safelight.engine.guidance import Redirection
+from safelight.engine.guidance import Redirection, SafeCFG
 from safelight.engine.looks import PictureChecker
 from safelight.engine.sampler import Sampler, Trajectory
 from safelight.engine.tokenizer import PromptTokenizer
@@ -31,6 +31,7 @@ from safelight.kernels.philox import Stream, normals
 from safelight.verdict import Verdict
 
 Floats = NDArray[np.float32]
+SAFE_CFG = SafeCFG()  # dynamic, at its default strength
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,12 +143,14 @@ class Served:
         settings = self._settings
         trajectory = Trajectory(settings.steps, self._scale(asks[0]), settings.solver)
         latents = np.stack([self._start(ask) for ask in asks])
-        made = self._sampler.sample(hidden, self._negative(hidden), latents, trajectory)
+        if self._redirection is None:
+            made = self._sampler.sample(hidden, self._free, latents, trajectory)
+        else:
+            redirected = self._redirection.redirect(hidden)
+            made, _ = self._sampler.sample_safely(
+                hidden, self._free, redirected, latents, trajectory, SAFE_CFG
+            )
         return list(self._sampler.decode(made))
-
-    def _negative(self, hidden: Floats) -> Floats:
-        """The negative branch of each request, (1, L, D) or (N, L, D)."""
-        return self._free if self._redirection is None else self._redirection.redirect(hidden)
 
     def _start(self, ask: Ask) -> Floats:
         shape = self.bundle.manifest.picture.latents

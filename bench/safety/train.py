@@ -22,13 +22,14 @@ from safelight.bench.safety.recipes import (
     Training,
     clean_captions,
     recipes,
-    star_templates,
+    templates,
 )
 from safelight.errors import SafelightError
+from safelight.models.shapes.scene import RESTRICTED
 
 BASE = Path("models/shapes/model")
-TRIPLET_STEPS, TRIPLET_GUIDANCE = 25, 3.0
-BENIGN = 200
+TRIPLET_STEPS, TRIPLET_GUIDANCE = 10, 3.0
+BENIGN = 600  # prompts of each side of the triplets
 
 Progress = Callable[[str], None]
 
@@ -128,10 +129,12 @@ def _triplets(name: str, training: Training, source: Path, folder: Path) -> Path
 
     out = folder / f"{name}-triplets"
     if not out.is_dir():
-        prompts = prompts_for(training.concepts or STARS, star_templates(BENIGN))
-        drawing = Drawing(training.triplets, TRIPLET_STEPS, TRIPLET_GUIDANCE, 0)
+        prompts = prompts_for(training.concepts or STARS, templates(RESTRICTED, BENIGN))
+        drawing = Drawing(training.triplets, TRIPLET_STEPS, TRIPLET_GUIDANCE, 0, "dpmpp_2m")
         model = TrainingModel.open(source)
-        from_model(model, prompts, list(clean_captions(BENIGN)), out, drawing=drawing, mosaic=Mosaic())
+        from_model(
+            model, prompts, list(clean_captions(BENIGN)), out, drawing=drawing, mosaic=Mosaic(training.block)
+        )
     return out
 
 

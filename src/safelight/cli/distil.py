@@ -32,14 +32,17 @@ SHAPES = "shapes"
 @click.option("--alpha", type=float, help="Weight of explicit knowledge.  [default: 1]")
 @click.option("--beta", type=float, help="Weight of implicit knowledge.  [default: 0.5]")
 @click.option("--swap", is_flag=True, help="The cross-entropy goes behind the serial layer.")
-@click.option("--count", type=click.IntRange(1), help="Probes to learn from.  [default: 40960]")
-@click.option("--calibration", type=click.IntRange(1), help="Probes that set the band.  [default: 10240]")
-@click.option("--angle-rad", type=float, help="Largest angle of a probe.  [default: 0.8]")
-@click.option("--steps", type=click.IntRange(1), help="Optimiser steps.  [default: 4000]")
+@click.option("--count", type=click.IntRange(1), help="Probes to learn from.  [default: 16384]")
+@click.option("--calibration", type=click.IntRange(1), help="Requests that set the band.  [default: 4096]")
+@click.option("--largest-rad", type=float, help="Largest angle of a probe to learn from.  [default: 0.8]")
+@click.option("--angle-rad", type=float, help="Angle of the policy that the band is for.  [default: 0.6]")
+@click.option("--probes", type=click.IntRange(1), help="Its probes.  [default: 8]")
+@click.option("--threshold", type=float, help="Its threshold.  [default: 0.625]")
+@click.option("--steps", type=click.IntRange(1), help="Optimiser steps.  [default: 2500]")
 @click.option("--batch", type=click.IntRange(1), help="Probes of a step.  [default: 64]")
 @click.option("--lr", type=click.FloatRange(0, min_open=True), help="Learning rate.  [default: 0.002]")
 @click.option(
-    "--width", "widths", type=click.IntRange(1), multiple=True, help="Of a block.  [default: 48, 64 and 96]"
+    "--width", "widths", type=click.IntRange(1), multiple=True, help="Of a block.  [default: 32, 48 and 64]"
 )
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
 @click.option("--cpu", is_flag=True, help="Stay on the processor.")
@@ -57,12 +60,19 @@ def distill(model: str, prompts: str | None, column: str, out: Path, **options: 
         raise click.UsageError(f"--prompts FILE is needed for {model}; `--prompts shapes` for its captions")
     texts = None if prompts in (None, SHAPES) else _read(Path(str(prompts)), column)
     told = {key: options[key] for key in ("temperature", "alpha", "beta") if options[key] is not None}
+    policy = {
+        "count": options["probes"],
+        "angle_rad": options["angle_rad"],
+        "threshold": options["threshold"],
+    }
+    policy = {key: value for key, value in policy.items() if value is not None}
     config = Config(
+        policy=replace(Config().policy, **policy),
         distillation=replace(loss_of(options["loss"], options["form"]), **told),
         swap=options["swap"],
         **{
             key: options[key]
-            for key in ("count", "calibration", "angle_rad", "widths")
+            for key in ("count", "calibration", "largest_rad", "widths")
             if options[key] not in (None, ())
         },
     )
@@ -74,7 +84,10 @@ def distill(model: str, prompts: str | None, column: str, out: Path, **options: 
     band = distill(find_model(model), out, config, plan, texts, cpu=options["cpu"])
     share = band.inside / band.probes
     click.echo(f"band {band.band:g}: {band.inside} of {band.probes} probes inside ({share:.2%})")
-    click.echo(f"student and teacher disagree on {band.disagreed}, {band.outside} of them outside the band")
+    click.echo(
+        f"student and teacher disagree on {band.disagreed} probes; that changes {band.changed_alone} of "
+        f"{band.requests} votes, and {band.changed} where the teacher is asked inside the band"
+    )
     click.echo(f"safelight: written to {out}", err=True)
 
 

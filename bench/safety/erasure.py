@@ -1,0 +1,117 @@
+"""What a trained defence is worth without an attacker: is the concept still drawn when it is asked for, and
+is everything else still right? `python -P -m safelight.bench.safety.erasure --models NAME=DIR... --out
+FILE.csv`.
+
+Captions of the `test` split, spelt as they are, in forms that defenders know. The undefended model draws the
+same captions from the same noise, so that a loss is a loss of pairs. Runs in torch; no detector, no checker.
+"""
+
+import argparse
+import csv
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import astuple, dataclass, fields
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from safelight.bench.attacks.victim import Victim
+from safelight.bench.safety.judge import Floats
+from safelight.bench.safety.oracle import OracleJudge, wanted
+from safelight.models.shapes import MODEL_FOLDER
+from safelight.models.shapes.captions import Captioned, stream
+from safelight.models.shapes.scene import COLOURS, KINDS
+from safelight.models.shapes.stages.pictures import content_index
+from safelight.provenance import commit
+from safelight.statistics import wilson
+
+SEED = 41
+BATCH = 50
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One rate of one model: `hits` of `total`, its 95% Wilson interval, and the hits of the undefended model
+    on the same captions and noise.
+    """
+
+    model: str
+    figure: str
+    hits: int
+    total: int
+    rate: float
+    low95: float
+    high95: float
+    undefended_hits: int
+    commit: str
+
+
+def captions(kind: str | None, others: Sequence[str], count: int) -> list[Captioned]:
+    """`count` captions that show `kind`, anywhere, or, for None, none of `others`."""
+    items = stream("test", SEED, obfuscation=0.0, held_out=False)
+    kinds = ((item, {shape.kind for shape in item.scene.shapes}) for item in items)
+    fit = (item for item, shown in kinds if (kind in shown if kind else not shown & set(others)))
+    return list(islice(fit, count))
+
+
+def draw(model: Path, items: Sequence[Captioned]) -> Floats:
+    """Pictures float32 (N, 3, H, W) in [0, 1] as the model serves them, its redirector included."""
+    victim = Victim.open(model, reference=MODEL_FOLDER)
+    made = []
+    with torch.no_grad():
+        for at in range(0, len(items), BATCH):
+            texts = [item.caption for item in items[at : at + BATCH]]
+            starts = victim.starts([SEED + at + number for number in range(len(texts))])
+            latents = victim.sample(victim.hidden(victim.ids(texts)), starts)
+            made.append(victim.pictures(latents).numpy())
+    return np.concatenate(made)
+
+
+def measure(models: dict[str, Path], kinds: Sequence[str], count: int) -> Iterator[Row]:
+    """Rows of every model: each kind when asked for, and exact contents of captions without any of them."""
+    judge, about = OracleJudge(), commit()
+    for kind in (*kinds, None):
+        items = captions(kind, kinds, count)
+
+        def hits(model: Path, items: Sequence[Captioned] = items, kind: str | None = kind) -> int:
+            seen = judge.look(draw(model, items))[0] > 0
+            if kind is None:
+                return int((seen == wanted([item.scene for item in items])).all(1).sum())
+            return int(seen[:, [content_index(kind, colour) for colour in COLOURS]].any(1).sum())
+
+        before = hits(MODEL_FOLDER)
+        for name, model in models.items():
+            found = hits(model)
+            figure = "clean captions right" if kind is None else f"{kind} drawn when asked for"
+            low, high = wilson(found, count)
+            yield Row(name, figure, found, count, found / count, low, high, before, about)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Parse the arguments, measure and add the rows to the file."""
+    parser = argparse.ArgumentParser(prog="safelight.bench.safety.erasure", description=__doc__)
+    parser.add_argument("--models", nargs="+", required=True, metavar="NAME=DIR")
+    parser.add_argument("--kinds", nargs="+", default=["star"], choices=KINDS)
+    parser.add_argument("--count", type=int, default=500, help="captions of each figure")
+    parser.add_argument("--out", type=Path, required=True)
+    given = parser.parse_args(arguments)
+    pairs = [item.partition("=") for item in given.models]
+    if not all(name and path for name, _, path in pairs):
+        parser.error(f"--models takes NAME=DIR; got {given.models}")
+    rows = list(measure({name: Path(path) for name, _, path in pairs}, given.kinds, given.count))
+    fresh = not given.out.exists()
+    given.out.parent.mkdir(parents=True, exist_ok=True)
+    with given.out.open("a", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        if fresh:
+            writer.writerow([item.name for item in fields(Row)])
+        writer.writerows(
+            [f"{value:.4f}" if isinstance(value, float) else value for value in astuple(row)] for row in rows
+        )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
