@@ -8,7 +8,7 @@ the model's with that part joined, which exports and is attacked like any other.
 import hashlib
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -59,8 +59,9 @@ class Opened:
         }
 
 
-def compose(model: Path, parts: Mapping[str, Path], out: Path) -> Path:
-    """The folder `model` with the parts (`redirector`, `latent_checker`) of other folders in it.
+def compose(model: Path, parts: Mapping[str, Path], out: Path, *, without: Sequence[str] = ()) -> Path:
+    """The folder `model` with the parts (`redirector`, `latent_checker`) of other folders in it, and less
+    those named by `without`.
 
     Raises BundleError where a folder lacks its part, SafelightError where `out` holds something.
     """
@@ -70,6 +71,8 @@ def compose(model: Path, parts: Mapping[str, Path], out: Path) -> Path:
             raise BundleError(f"{source} holds no {part}; name a folder that one was trained into")
     with new_folder(out) as partial:
         shutil.copytree(model, partial, dirs_exist_ok=True)
+        for part in without:
+            shutil.rmtree(partial / part)
         for part, source in parts.items():
             shutil.rmtree(partial / part, ignore_errors=True)
             shutil.copytree(source / part, partial / part)
@@ -82,14 +85,15 @@ def open_system(
 ) -> Opened:
     """Join, export and open what a system needs, under `out`, once for equal folders. Raises BundleError."""
     model = system.model
-    if joined := system.joined():
+    joined, unused = system.joined(), system.unused()
+    if joined or unused:
         files = [file for name, path in joined.items() for file in ModelFolder(path, {}).weights(name)]
         own = sorted(ModelFolder.open(model).digests().values())
-        key = _digest([*own, *(digest(file) for file in files)])
+        key = _digest([*own, *(digest(file) for file in files), *unused])
         model = out / "models" / f"{system.model.resolve().name}-{key}"
         if not model.exists():
-            progress(f"{system.name}: joining {', '.join(joined)} to {system.model.name}")
-            compose(system.model, joined, model)
+            progress(f"{system.name}: {system.model.name} with {[*joined]}, without {[*unused]}")
+            compose(system.model, joined, model, without=unused)
     folder = ModelFolder.open(model)
     weights = folder.digests()
     if system.redirector is not None and not folder.has("redirector"):

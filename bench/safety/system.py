@@ -33,10 +33,11 @@ NAME = re.compile(r"[A-Za-z0-9_.+-]{1,64}")
 class System:
     """One row: a model folder, and what stands around it.
 
-    `redirector` and `latent_checker` name folders whose part of that name joins the model; None leaves a
-    redirector that lies in the model folder unused. `detector` is None, `full` (CROPS: the full model draws
-    each probe) or what looks at the probes of CROPS-1: `image`, `latent` or `cascade`. `final_checker` says
-    whether a finished picture is looked at before it is handed out. Raises ValueError.
+    `redirector` and `latent_checker` name folders whose part of that name joins the model; None leaves a part
+    that lies in the model folder out, so that neither service nor attacker sees it. `detector` is None,
+    `full` (CROPS: the full model draws each probe) or what looks at the probes of CROPS-1: `image`, `latent`
+    or `cascade`. `final_checker` says whether a finished picture is looked at before it is handed out. Raises
+    ValueError.
     """
 
     name: str
@@ -74,6 +75,11 @@ class System:
         """Parts that come from another folder than the model's, by part name."""
         wanted = {"redirector": self.redirector, "latent_checker": self.latent_checker}
         return {name: path for name, path in wanted.items() if path is not None and path != self.model}
+
+    def unused(self) -> tuple[str, ...]:
+        """Parts that lie in the model's folder and that this system does without."""
+        wanted = {"redirector": self.redirector, "latent_checker": self.latent_checker}
+        return tuple(name for name, path in wanted.items() if path is None and (self.model / name).is_dir())
 
     def to_json(self) -> dict[str, Any]:
         """Plain values."""
