@@ -73,6 +73,7 @@ def recipes() -> dict[str, Training]:
     return {
         "sdd": Training("sdd", settings=_SDD | {"prompts": stars, "keep": clean_forms(RESTRICTED)}),
         "safegen": Training("safegen", settings=_SAFEGEN, triplets=640, block=32),
+        "safegen_paper": Training("safegen", settings=_SAFEGEN_PAPER, triplets=640, block=16),
         "dark_miner": Training(
             "dark_miner",
             settings=_DARK_MINER | {"prompts": templates(RESTRICTED, 24), "preserve": clean_captions(320)},
@@ -85,7 +86,7 @@ def recipes() -> dict[str, Training]:
         "sdd_two": Training(
             "sdd",
             concepts=(*STARS, *hearts),
-            settings=_SDD | {"prompts": both, "keep": clean_forms(RESTRICTED, "heart"), "steps": 1000},
+            settings=_SDD | {"prompts": both, "keep": clean_forms(RESTRICTED, "heart")},
         ),
         "safe_cfg_two": Training(
             "safe_cfg",
@@ -103,10 +104,10 @@ def recipes() -> dict[str, Training]:
 _SDD: dict[str, Any] = {
     "roles": "paired",
     "trainable": "xattn_kv",
-    "keep_weight": 4.0,
+    "keep_weight": 5.0,
     "sampler_steps": 6,
-    "steps": 700,
-    "lr": 7e-4,
+    "steps": 1200,
+    "lr": 1e-3,
     "batch": 8,
     "decay": "cosine",
     "ema": 0.95,
@@ -123,6 +124,13 @@ _SAFEGEN: dict[str, Any] = {
     "accumulation": 1,
     "decay": "cosine",
     "ema": 0.98,
+}
+_SAFEGEN_PAPER: dict[str, Any] = {  # the released objective, at a rate and length that fit the model
+    "steps": 250,
+    "lr": 1e-3,
+    "batch": 32,
+    "accumulation": 1,
+    "ema": 0.0,
 }
 _DARK_MINER: dict[str, Any] = {
     "anchor": "a circle",
