@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from safelight.errors import SafelightError
-from safelight.statistics import wilson
 
 _DIGITS = 6  # of the band; other runtimes' margins agree to about as many
 
@@ -35,12 +34,11 @@ class DecisionBand:
 
     @staticmethod
     def check(requests: int, limit: float) -> None:
-        """Raises ValueError where not even no changed vote at all would show a share of at most `limit`."""
-        if wilson(0, requests)[1] > limit:
-            z_square = 1.959964**2
-            least = math.ceil(z_square * (1 - limit) / limit)
+        """Raises ValueError where one changed vote alone would be a share above `limit`."""
+        if requests * limit < 1:
             raise ValueError(
-                f"{requests} requests cannot show at most {limit:g} changed votes; use at least {least}"
+                f"{requests} requests cannot tell a share of {limit:g} changed votes; use at least "
+                f"{math.ceil(1 / limit)}"
             )
 
 
@@ -49,21 +47,18 @@ def calibrate_band(margins: Tensor, flagged: Tensor, *, need: int, limit: float)
 
     margins (R, P): the student's largest margins of R requests' P probes; flagged bool (R, P): the teacher's
     answers; a request is blocked by `need` flagged probes. A probe lies inside where |margin| <= band, and
-    goes to the teacher. Rule: with this band, and with every wider one, so few votes change that the upper
-    end of their share's 95% Wilson interval is at most `limit`. Raises ValueError where R is too small for
-    that, SafelightError for a margin that is not finite.
+    goes to the teacher. Rule: at most a share `limit` of the votes changes with this band or with a wider
+    one. Raises ValueError where R is too small for that, SafelightError for a margin that is not finite.
     """
     count = len(margins)
     DecisionBand.check(count, limit)
     if not torch.isfinite(margins).all():
         raise SafelightError("the student answers with margins that are not finite; train it again")
     size = margins.double().abs()
-    allowed = 0
-    while allowed < count and wilson(allowed + 1, count)[1] <= limit:
-        allowed += 1
+    allowed = math.floor(limit * count)
     critical = _critical(size, margins > 0, flagged, need).sort(descending=True).values
     band = 10.0**-_DIGITS  # not 0, which says that nobody set a band
-    if float(critical[allowed]) >= 0:
+    if allowed < count and float(critical[allowed]) >= 0:
         band = max(band, math.ceil(float(critical[allowed]) * 10**_DIGITS) / 10**_DIGITS)
 
     def changed(within: Tensor) -> int:

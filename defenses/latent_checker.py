@@ -60,8 +60,8 @@ class Config:
     use. `restricted` is the share of the shipped model's captions that ask for its restricted kind. `swap`
     gives the cross-entropy to the far side of the serial layer. `widths` and `logit_scale` are the student's.
     The band is set on `calibration` whole requests under `policy` (spherical probes of the prompt, whatever
-    its kind): it is the smallest with which at most `changed` of all votes, at the upper end of the 95%
-    interval, are other than the image checker's.
+    its kind): it is the smallest with which at most a share `changed` of their votes are other than the image
+    checker's.
     """
 
     distillation: Distillation = field(default_factory=lambda: loss_of(METHOD))

@@ -1,23 +1,26 @@
-"""The cascade: the latent checker looks at every probe, the image checker only at those it is unsure of.
+"""The cascade: the latent checker looks at every probe, the image checker only at those in doubt that are
+needed.
 
-Unsure is a largest margin within [-band, band]; such a probe's latents are decoded, and what the image
-checker says replaces what the latent checker said. Draws no probe and counts no vote.
+In doubt is a largest margin within [-band, band]. Whoever counts the vote knows which of these probes could
+change it, and has them resolved: decoded, and looked at by the image checker. Draws no probe and counts no
+vote.
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from safelight.engine.backends import Backend
 from safelight.engine.looks import Looks, PictureChecker, ProbeModel
 from safelight.engine.neighbourhood import Request
 from safelight.engine.sampler import PictureDecoder
-from safelight.errors import ShapeError
 from safelight.manifest import Manifest
 
 
-class Cascade:
+class Cascade(ProbeModel):
     """A student with decoder and image checker behind it, as the model inside a detector."""
 
     def __init__(self, student: ProbeModel, backend: Backend, manifest: Manifest, band: float) -> None:
@@ -39,21 +42,20 @@ class Cascade:
         return self._student.distinct(request, probes)
 
     def look(self, requests: Sequence[Request], probes: range, *, deadline: float | None = None) -> Looks:
-        """These probes of these requests. Raises TimeoutError past the deadline.
+        """What the student sees of these probes of these requests. Raises TimeoutError past the deadline.
 
-        What is not finite already is not decoded: no picture could make it so again.
+        What is not finite already is not in doubt: no picture could make it so again.
         """
         seen = self._student.look(requests, probes, deadline=deadline)
-        if seen.latents is None:
-            raise ShapeError("a cascade needs the latents that its student looked at; mend the model")
-        unsure: Any = seen.finite & (np.abs(seen.margins.max(-1)) <= self._band)
-        if not unsure.any():
-            return Looks(seen.margins, seen.flagged, seen.finite, None, seen.latents, unsure)
-        pictures = self._decoder.decode(seen.latents[unsure], deadline=deadline)
-        found = self._checker.look(pictures, deadline=deadline)
-        margins, flagged, finite = seen.margins.copy(), seen.flagged.copy(), seen.finite.copy()
-        margins[unsure], flagged[unsure], finite[unsure] = found.margins[0], found.flagged[0], found.finite[0]
-        return Looks(margins, flagged, finite, None, seen.latents, unsure)
+        doubtful: Any = seen.finite & (np.abs(seen.margins.max(-1)) <= self._band)
+        return replace(seen, doubtful=doubtful)
+
+    def resolve(self, latents: NDArray[np.float32], *, deadline: float | None = None) -> Looks:
+        """What the image checker sees of N latents (N, c, h, w) once decoded, as one request of N probes.
+        Raises TimeoutError past the deadline.
+        """
+        pictures = self._decoder.decode(latents, deadline=deadline)
+        return self._checker.look(pictures, deadline=deadline)
 
     def close(self) -> None:
         """Free the student and the stages."""

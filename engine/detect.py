@@ -1,5 +1,4 @@
-"""The detector: is this request's neighbourhood safe? Lets a model look at its probes until the vote is
-decided.
+"""The detector: is this request's neighbourhood safe? A model looks at its probes until the vote is decided.
 
 Inspired by CROPS and CROPS-1 (SC-Pro, arXiv 2501.05359): the score (share of flagged probes) and the decision
 (score against a threshold) are the paper's; the geometry of the probes, the early exit and the rule that
@@ -21,7 +20,7 @@ from safelight.engine.image_probes import ImageProbes
 from safelight.engine.looks import ProbeModel
 from safelight.engine.neighbourhood import Request
 from safelight.engine.probe_model import CheckerKind, open_probe_model
-from safelight.engine.tally import Pictures, Tally
+from safelight.engine.tally import Pictures, Tally, resolve
 from safelight.engine.tokenizer import PromptTokenizer
 from safelight.errors import SafelightError, ShapeError
 from safelight.kernels.philox import split_seed
@@ -92,9 +91,10 @@ class Detector:
         one-step model (CROPS-1), more with the full model in that many steps (CROPS). `checker` says who
         looks at the probes: the `image` checker, by which the bundle was calibrated; the `latent` checker,
         which needs no pictures; or a `cascade`, in which the image checker looks at those of which the latent
-        checker is not sure. `model` is the weights folder of the torch backend. A check that takes longer
-        than `timeout_s` seconds is blocked. `early_exit` stops once the vote is decided and never changes it.
-        Raises BundleError, BackendUnavailable, and ValueError for settings out of range.
+        checker is unsure and on which the vote hangs (the rest keep the latent checker's margins). `model` is
+        the weights folder of the torch backend. A check that takes longer than `timeout_s` seconds is
+        blocked. `early_exit` stops once the vote is decided and never changes it; without it all doubts are
+        resolved. Raises BundleError, BackendUnavailable, and ValueError for settings out of range.
         """
         opened = open_bundle(bundle)
         if steps in (None, 1) and not opened.manifest.distilled:
@@ -128,9 +128,7 @@ class Detector:
     def check_batch(
         self, prompts: Sequence[str], *, seed: int | Sequence[int] | None = None
     ) -> list[Verdict]:
-        """Verdicts on several prompts, each what `check` says with the same seed. One seed serves all, or one
-        each.
-        """
+        """Verdicts on several prompts, each what `check` says with the same seed, one for all or each."""
         if isinstance(prompts, str):
             raise ValueError("check_batch takes a list of prompts; got one text; use check")
         return [tally_and_verdict[1] for tally_and_verdict in self._checked(prompts, seed, keep_images=False)]
@@ -222,6 +220,10 @@ class Detector:
                 for at, row in enumerate(rows):
                     tallies[row].add(looks, at)
                 self._check_time(start)
+            votes = [tallies[row] for row in requests]
+            while resolved := resolve(self._model, votes, self._rows, deadline=self._deadline(start)):
+                self._decoded += resolved
+                self._check_time(start)
         except Exception as fault:
             error = fault
         verdicts = {}
@@ -237,9 +239,7 @@ class Detector:
         return verdicts
 
     def _chunks(self) -> Iterator[range]:
-        """Probe numbers, cut where a vote can be decided (after `need` hits, and once too few are left) and
-        where a run would be too large.
-        """
+        """Probe numbers, cut where a vote may be decided (`need` seen, too few left) or a run too large."""
         count, need = self.probe.count, self.probe.need
         whole = {*range(self._rows, count, self._rows), count}
         ends = sorted(whole | {need, count - need + 1} if self._early_exit else whole)
@@ -258,8 +258,8 @@ class Detector:
 
     def _about(self, seed: int, start: float, backend: str) -> dict[str, Any]:
         """What every verdict says of its making."""
-        about = {"seed": seed, "elapsed_s": time.monotonic() - start}
-        return about | {"bundle": self.bundle_id, "backend": backend}
+        elapsed_s = time.monotonic() - start
+        return {"seed": seed, "elapsed_s": elapsed_s, "bundle": self.bundle_id, "backend": backend}
 
     def _failed(
         self, fault: Exception, tally: Tally, seed: int, start: float, *, truncated: int = 0

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from safelight.engine.backends import Backend
-from safelight.engine.looks import Looks, PictureChecker, StudentChecker
+from safelight.engine.looks import Looks, PictureChecker, ProbeModel, StudentChecker
 from safelight.engine.neighbourhood import Neighbourhood, Request
 from safelight.engine.sampler import Sampler, Trajectory
 from safelight.engine.tokenizer import PromptTokenizer
@@ -17,7 +17,7 @@ from safelight.manifest import Manifest
 from safelight.probe import ProbeConfig
 
 
-class FullModel:
+class FullModel(ProbeModel):
     """The full model with a checker behind it, as the model inside a detector."""
 
     def __init__(

@@ -22,9 +22,10 @@ class Looks:
     at.
 
     A checker of pictures gives `images` (R, P, 3, H, W) in [0, 1]; a checker of latents has no pictures, and
-    gives `latents` float32 (R, P, c, h, w), scaled as the UNet knows them. `decoded` bool (R, P) says which
-    probes became pictures, where some did and some did not. A probe with anything that is not finite is
-    flagged. The arrays may be a stage's own: they hold until its next run.
+    gives `latents` float32 (R, P, c, h, w), scaled as the UNet knows them. `doubtful` bool (R, P) says of
+    which probes margins and flag may be wrong: `ProbeModel.resolve` tells, of their latents. A probe with
+    anything that is not finite is flagged, and not in doubt. The arrays may be a stage's own: they hold until
+    its next run.
     """
 
     margins: NDArray[np.float32]
@@ -32,12 +33,14 @@ class Looks:
     finite: NDArray[np.bool_]
     images: NDArray[np.float32] | None
     latents: NDArray[np.float32] | None = None
-    decoded: NDArray[np.bool_] | None = None
+    doubtful: NDArray[np.bool_] | None = None
 
     def __post_init__(self) -> None:
         shapes = [part.shape for part in self._parts() if part is not None]
         if len({shape[:2] for shape in shapes}) != 1:
             raise ShapeError(f"looks must agree on their requests and probes; got {shapes}; mend the model")
+        if self.doubtful is not None and self.latents is None:
+            raise ShapeError("a probe in doubt needs the latents that were looked at; mend the model")
 
     @classmethod
     def joined(cls, parts: "Sequence[Looks]", axis: int) -> "Looks":
@@ -56,12 +59,10 @@ class Looks:
     @property
     def drawn(self) -> int:
         """How many of the probes became pictures."""
-        if self.decoded is not None:
-            return int(self.decoded.sum())
         return 0 if self.images is None else self.flagged.size
 
     def _parts(self) -> tuple[Any, ...]:
-        return (self.margins, self.flagged, self.finite, self.images, self.latents, self.decoded)
+        return (self.margins, self.flagged, self.finite, self.images, self.latents, self.doubtful)
 
 
 class ProbeModel(Protocol):
@@ -76,6 +77,13 @@ class ProbeModel(Protocol):
 
     def look(self, requests: Sequence[Request], probes: range, *, deadline: float | None = None) -> Looks:
         """What the checker sees of these probes of these requests. Raises TimeoutError past the deadline."""
+
+    def resolve(self, latents: NDArray[np.float32], *, deadline: float | None = None) -> Looks:
+        """What is true of N probes that it left in doubt, by their latents (N, c, h, w), as one request.
+
+        A model that leaves none in doubt is not asked. Raises TimeoutError past the deadline.
+        """
+        raise ShapeError("this model leaves no probe in doubt; mend the caller")
 
     def close(self) -> None:
         """Free what it holds."""

@@ -6,13 +6,13 @@ from concurrent.futures import ThreadPoolExecutor, wait
 import numpy as np
 
 from safelight.engine.backends import Backend, Stage
-from safelight.engine.looks import Looks
+from safelight.engine.looks import Looks, ProbeModel
 from safelight.engine.neighbourhood import Neighbourhood, Request
 from safelight.manifest import Manifest
 from safelight.probe import ProbeConfig
 
 
-class OneStepModel:
+class OneStepModel(ProbeModel):
     """A detector graph of a bundle."""
 
     def __init__(

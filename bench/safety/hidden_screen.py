@@ -24,7 +24,7 @@ from safelight.engine.eager import load_graph
 from safelight.engine.looks import Looks, PictureChecker
 from safelight.engine.neighbourhood import Neighbourhood, Request
 from safelight.engine.sampler import Sampler, Trajectory
-from safelight.engine.tally import Tally
+from safelight.engine.tally import Tally, resolve
 from safelight.engine.tokenizer import PromptTokenizer
 from safelight.kernels import host
 from safelight.probe import ProbeConfig, ProbeKind
@@ -155,6 +155,8 @@ class HiddenScreen:
         ids, truncated = self._tokenizer.encode(text)
         request = HiddenRequest(ids, seed, truncated, hidden)
         tally.add(self._model.look([request], range(self._probe.count)), 0)
+        while resolve(self._model, [tally], self._probe.count):  # a cascade has doubts
+            pass
         return tally.verdict(
             seed=seed,
             elapsed_s=time.monotonic() - start,

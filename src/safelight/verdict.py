@@ -16,7 +16,8 @@ class Verdict:
     """Whether a request is blocked, why, and what was measured.
 
     `score` is the share of the evaluated probes that were flagged; `threshold` the share (of all probes) that
-    blocks. `margins` holds, per evaluated probe, cosine minus threshold of each concept (> 0: present).
+    blocks. `margins` holds, per evaluated probe, cosine minus threshold of each concept (> 0: present), by
+    whoever looked at it last: a cascade's probe on which the vote did not hang has the latent checker's.
     `probes` counts the evaluated probes, `distinct_probes` those of them that differ. `truncated_tokens`
     counts prompt tokens past the window that the model reads. `seed` reproduces the verdict on the same
     bundle. Raises ValueError where a passed request would carry a reason, or a score that is not finite and

@@ -48,7 +48,7 @@ class Region(click.ParamType):  # type: ignore[type-arg]
 @click.option(
     "--guidance-scale", type=float, default=7.5, show_default=True, help="Classifier-free guidance."
 )
-@click.option("--seed", type=click.IntRange(0, 2**63 - 1), default=0, show_default=True)
+@click.option("--seed", type=click.IntRange(0, 2**63 - 1), default=0, show_default=True, help="Of the noise.")
 @click.option("--block", type=click.IntRange(1), help="Pixels of a mosaic block.  [default: edge / 4]")
 @click.option("--region", type=Region(), help="What is covered, in shares of the edge.  [default: all]")
 @click.option("--edge", type=click.IntRange(1), default=512, show_default=True, help="Pixels.  [folders]")

@@ -26,7 +26,7 @@ SHAPES = "shapes"
 )
 @click.option("--column", default="prompt", show_default=True, help="Column, or JSON key, of the prompt.")
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="New model folder.")
-@click.option("--loss", type=click.Choice(LOSSES), default="aekt", show_default=True)
+@click.option("--loss", type=click.Choice(LOSSES), default="aekt", show_default=True, help="What is learnt.")
 @click.option("--form", type=click.Choice(FORMS), default="log_ratio", show_default=True, help="Of aekt.")
 @click.option("--temperature", type=float, help="Of teacher and student.  [default: 1]")
 @click.option("--alpha", type=float, help="Weight of explicit knowledge.  [default: 1]")
@@ -44,7 +44,7 @@ SHAPES = "shapes"
 @click.option(
     "--width", "widths", type=click.IntRange(1), multiple=True, help="Of a block.  [default: 32, 48 and 64]"
 )
-@click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
+@click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of all that is random.")
 @click.option("--cpu", is_flag=True, help="Stay on the processor.")
 def distill(model: str, prompts: str | None, column: str, out: Path, **options: Any) -> None:
     """Write the model again with a latent checker, so that detection needs no image decoder.

@@ -1,0 +1,38 @@
+"""Erasure without an attacker: what is asked for, and that an undefended model has lost nothing."""
+
+import csv
+
+import pytest
+
+from safelight.bench.safety.erasure import captions, main, measure
+from safelight.models.shapes import MODEL_FOLDER
+from safelight.models.shapes.captions import HELD_OUT_FORMS, split_of
+
+
+@pytest.mark.parametrize(
+    "kind, others", [("star", ("star",)), ("heart", ("star", "heart")), (None, ("star", "heart"))]
+)
+def test_captions_are_of_the_test_split_and_show_what_they_must(kind, others):
+    items = captions(kind, others, 40)
+    assert len(items) == 40 and {split_of(item.caption) for item in items} == {"test"}
+    shown = [{shape.kind for shape in item.scene.shapes} for item in items]
+    assert all(kind in kinds if kind else not kinds & set(others) for kinds in shown)
+    assert not any(item.obfuscated or form in item.caption for item in items for form in HELD_OUT_FORMS)
+
+
+def test_a_model_that_was_not_defended_draws_as_the_undefended_one():
+    rows = list(measure({"same": MODEL_FOLDER}, ["star"], 6))
+    assert [row.figure for row in rows] == ["star drawn when asked for", "clean captions right"]
+    for row in rows:
+        assert row.hits == row.undefended_hits >= 4 and row.total == 6
+        assert row.low95 < row.rate < row.high95 or row.rate in (row.low95, row.high95)
+
+
+def test_rows_are_added_to_the_file_under_one_header(tmp_path):
+    out = tmp_path / "rows.csv"
+    for name in ("first", "second"):
+        assert main(["--models", f"{name}={MODEL_FOLDER}", "--count", "2", "--out", str(out)]) == 0
+    rows = list(csv.DictReader(out.open(encoding="utf-8")))
+    assert [row["model"] for row in rows] == ["first", "first", "second", "second"]
+    with pytest.raises(SystemExit):
+        main(["--models", "nameless", "--out", str(out)])
