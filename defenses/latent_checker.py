@@ -73,7 +73,7 @@ class Config:
     logit_scale: float = 30.0
     calibration: int = 4096
     policy: ProbeConfig = field(default_factory=lambda: ProbeConfig(angle_rad=0.6, threshold=0.625))
-    changed: float = 1e-3
+    changed: float = 5e-4
 
     def __post_init__(self) -> None:
         for name, ok in (
