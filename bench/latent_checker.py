@@ -14,11 +14,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import astuple, dataclass, fields
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from safelight.engine.bundle import Bundle, open_bundle
 from safelight.engine.detect import Detector
 from safelight.engine.doctor import cores, cpu_name
+from safelight.engine.probe_model import CheckerKind
 from safelight.models.shapes.captions import stream
 from safelight.models.shapes.scene import NEIGHBOURS, RESTRICTED
 from safelight.provenance import commit
@@ -26,7 +27,7 @@ from safelight.statistics import wilson
 from safelight.verdict import Verdict
 
 SEED = 61
-CHECKERS = ("image", "latent", "cascade")
+CHECKERS: tuple[CheckerKind, ...] = get_args(CheckerKind)
 BATCH = 32
 TIMED = 60  # requests that are timed one by one
 
@@ -99,7 +100,7 @@ def measure(bundle: Bundle, count: int, threads: int | None) -> Iterator[Row]:
         return Row(figure, hits / total, "share", hits, total, *wilson(hits, total), bar, *about)
 
     seen: dict[str, list[Verdict]] = {}
-    for checker in ("image", "latent"):
+    for checker in CHECKERS[:2]:
         with Detector.open(bundle, checker=checker, early_exit=False, threads=threads) as detector:
             seen[checker] = screen(detector, texts)
     pairs = [
@@ -113,9 +114,9 @@ def measure(bundle: Bundle, count: int, threads: int | None) -> Iterator[Row]:
     with Detector.open(bundle, checker="cascade", threads=threads) as detector:
         seen["cascade"] = screen(detector, texts)
         decoded, evaluated = detector.decoded, detector.evaluated
-    for checker, bar in (("latent", ""), ("cascade", "<= 0.001")):
-        changed = sum(a.blocked != b.blocked for a, b in zip(seen[checker], seen["image"], strict=True))
-        yield rate(f"verdicts that the {checker} checker changes", changed, len(texts), bar)
+    for name, bar in (("latent", ""), ("cascade", "<= 0.001")):
+        changed = sum(a.blocked != b.blocked for a, b in zip(seen[name], seen["image"], strict=True))
+        yield rate(f"verdicts that the {name} checker changes", changed, len(texts), bar)
     yield rate("probes that the cascade decodes, of those it evaluates", decoded, evaluated, "< 0.15")
     yield rate("probes that the cascade decodes, of all of a request", decoded, len(texts) * probe.count)
     quarter = len(texts) // 4
@@ -125,7 +126,7 @@ def measure(bundle: Bundle, count: int, threads: int | None) -> Iterator[Row]:
             with Detector.open(bundle, checker=checker, threads=threads) as detector:
                 value = median_ms(detector, part)
             yield Row(f"one {name} request, {checker}", value, "ms", None, None, None, None, "", *about)
-    for checker in ("image", "latent"):
+    for checker in CHECKERS[:2]:
         with Detector.open(bundle, checker=checker, early_exit=False, threads=threads) as detector:
             value = median_ms(detector, texts[:TIMED]) / probe.count
         yield Row(f"a probe, {checker}, all evaluated", value, "ms", None, None, None, None, "", *about)

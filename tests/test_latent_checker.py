@@ -291,7 +291,7 @@ def test_the_command_writes_a_folder_and_says_what_its_band_is(tiny_model, tmp_p
     missing = CliRunner().invoke(main, [*asked, "20"])
     assert missing.exit_code == 2 and "--prompts FILE is needed" in missing.output
     refused = CliRunner().invoke(main, [*asked, "20", "--prompts", str(prompts)])
-    assert refused.exit_code == 2 and "use at least 1000" in refused.output
+    assert refused.exit_code == 2 and "use at least 2000" in refused.output
     assert not list(tmp_path.glob(".out*")), "refused before anything was drawn"
 
 

@@ -84,7 +84,7 @@ def test_pictures_are_those_of_the_generator(bundle: Bundle, guarded_model: Path
         by_hidden = served.draw([Ask("", 11, 0, hidden=encoded(bundle, TEXT))])[0]
         calls = dict(served.calls)
     np.testing.assert_allclose(by_hidden, found, atol=CLOSE)
-    assert calls["unet"] == 3 * 2 * SETTINGS.steps
+    assert calls["unet"] == 3 * (3 if redirected else 2) * SETTINGS.steps
     assert calls.get("redirector", 0) == 3 * redirected
     guidance = {"guidance": SafeCFG()} if redirected else {}
     backend = open_backend("onnxruntime", bundle, threads=1)

@@ -81,8 +81,10 @@ class Victim:
         steps: int = 10,
         solver: Solver = "dpmpp_2m",
         angle_rad: float = ANGLE_RAD,
+        guarded: bool = True,
     ) -> "Victim":
-        """A model folder as it is served, with its redirector and latent checker where it has them.
+        """A model folder as it is served, with its redirector and latent checker where it has them, or, not
+        `guarded`, without.
 
         `reference` is the folder of the undefended model, the victim itself where None. Raises BundleError.
         """
@@ -92,8 +94,10 @@ class Victim:
             model,
             load_detector(path),
             reference=None if reference is None else TrainingModel.open(reference),
-            redirector=folder.load("redirector") if folder.has("redirector") else None,
-            latent_checker=folder.load("latent_checker") if folder.has("latent_checker") else None,
+            redirector=folder.load("redirector") if guarded and folder.has("redirector") else None,
+            latent_checker=folder.load("latent_checker")
+            if guarded and folder.has("latent_checker")
+            else None,
             guidance_scale=guidance_scale,
             steps=steps,
             solver=solver,
