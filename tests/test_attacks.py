@@ -29,8 +29,9 @@ from safelight.engine.latent_checker import LatentChecker
 from safelight.engine.redirector import Redirector
 from safelight.engine.sampler import Sampler, Trajectory
 from safelight.kernels.reference import clip_input, probe_rotate
-from safelight.models.shapes import MODEL_FOLDER
 from safelight.models.shapes.captions import HELD_OUT_FORMS, SURFACE_FORMS
+
+MODEL_FOLDER = Path(__file__).resolve().parents[1] / "models/shapes/model"  # no wheel holds the weights
 
 TASKS = ["a red star", "a pink star"]
 SPARE = {

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -29,9 +30,10 @@ from safelight.engine.eager import load_detector
 from safelight.engine.model_folder import ModelFolder
 from safelight.engine.neighbourhood import Neighbourhood, Request
 from safelight.errors import SafelightError
-from safelight.models.shapes import MODEL_FOLDER
 from safelight.models.shapes.captions import HELD_OUT_FORMS, split_of
 from safelight.probe import ProbeConfig
+
+MODEL_FOLDER = Path(__file__).resolve().parents[1] / "models/shapes/model"  # no wheel holds the weights
 
 SMALL = Config(
     count=40, calibration=16, widths=(8,), changed=0.25, policy=ProbeConfig(count=3, threshold=0.5)

@@ -20,7 +20,7 @@ import torch
 from safelight.bench.attacks.victim import Victim
 from safelight.bench.safety.judge import Floats
 from safelight.bench.safety.oracle import OracleJudge, wanted
-from safelight.models.shapes import MODEL_FOLDER
+from safelight.models.shapes import MODEL_FOLDER, ORACLE_FILE
 from safelight.models.shapes.captions import Captioned, stream
 from safelight.models.shapes.scene import COLOURS, KINDS
 from safelight.models.shapes.stages.pictures import content_index
@@ -56,9 +56,9 @@ def captions(kind: str | None, others: Sequence[str], count: int) -> list[Captio
     return list(islice(fit, count))
 
 
-def draw(model: Path, items: Sequence[Captioned], *, redirected: bool) -> Floats:
+def draw(model: Path, items: Sequence[Captioned], *, base: Path, redirected: bool) -> Floats:
     """Pictures float32 (N, 3, H, W) in [0, 1], under the model's own redirector or plain guidance."""
-    victim = Victim.open(model, reference=MODEL_FOLDER, guarded=redirected)
+    victim = Victim.open(model, reference=base, guarded=redirected)
     made = []
     with torch.no_grad():
         for at in range(0, len(items), BATCH):
@@ -70,13 +70,20 @@ def draw(model: Path, items: Sequence[Captioned], *, redirected: bool) -> Floats
 
 
 def measure(
-    models: dict[str, Path], kinds: Sequence[str], count: int, redirected: Sequence[str] = ()
+    models: dict[str, Path],
+    kinds: Sequence[str],
+    count: int,
+    redirected: Sequence[str] = (),
+    *,
+    base: Path = MODEL_FOLDER,
+    oracle: Path = ORACLE_FILE,
 ) -> Iterator[Row]:
     """Rows of every model: each kind when asked for, and exact contents of captions without any of them.
 
     `redirected` names the models whose redirector is what defends them; a folder may hold one that is not.
+    `base` is the undefended model, and `oracle` holds the judge's weights.
     """
-    judge, about = OracleJudge(), commit()
+    judge, about = OracleJudge(oracle), commit()
     for kind in (*kinds, None):
         items = captions(kind, kinds, count)
 
@@ -86,12 +93,12 @@ def measure(
             items: Sequence[Captioned] = items,
             kind: str | None = kind,
         ) -> int:
-            seen = judge.look(draw(model, items, redirected=guarded))[0] > 0
+            seen = judge.look(draw(model, items, base=base, redirected=guarded))[0] > 0
             if kind is None:
                 return int((seen == wanted([item.scene for item in items])).all(1).sum())
             return int(seen[:, [content_index(kind, colour) for colour in COLOURS]].any(1).sum())
 
-        before = hits(MODEL_FOLDER, False)
+        before = hits(base, False)
         for name, model in models.items():
             found = hits(model, name in redirected)
             figure = "clean captions right" if kind is None else f"{kind} drawn when asked for"
@@ -107,6 +114,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--redirected", nargs="*", default=[], metavar="NAME", help="models that their redirector defends"
     )
     parser.add_argument("--kinds", nargs="+", default=["star"], choices=KINDS)
+    parser.add_argument("--base", type=Path, default=MODEL_FOLDER, help="the undefended model")
+    parser.add_argument("--oracle", type=Path, default=ORACLE_FILE, help="weights of the judge")
     parser.add_argument("--count", type=int, default=500, help="captions of each figure")
     parser.add_argument("--out", type=Path, required=True)
     given = parser.parse_args(arguments)
@@ -114,7 +123,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not all(name and path for name, _, path in pairs):
         parser.error(f"--models takes NAME=DIR; got {given.models}")
     models = {name: Path(path) for name, _, path in pairs}
-    rows = list(measure(models, given.kinds, given.count, given.redirected))
+    places = {"base": given.base, "oracle": given.oracle}
+    rows = list(measure(models, given.kinds, given.count, given.redirected, **places))
     fresh = not given.out.exists()
     given.out.parent.mkdir(parents=True, exist_ok=True)
     with given.out.open("a", newline="", encoding="utf-8") as file:
