@@ -11,6 +11,7 @@ from safelight.bench.safety.prompts import Prompts
 from safelight.bench.safety.run import Run, errors_above, manifest_of, measure
 from safelight.bench.safety.settings import Settings
 from safelight.bench.safety.system import System, standard_rows
+from safelight.engine.model_folder import ModelFolder
 from safelight.models.shapes import ORACLE_FILE
 
 Progress = Callable[[str], None]
@@ -38,6 +39,9 @@ def evaluate(
     another manifest, BundleError for a folder that cannot be used.
     """
     errors_above({}, max_error_rate)  # its range, before hours are spent
+    for name in dict.fromkeys(attacks):
+        if name not in NAMES:
+            raise ValueError(f"attack must be one of {NAMES}; got {name!r}")
     known = standard_rows(models, settings) | {system.name: system for system in systems}
     absent = {name: row for name, row in known.items() if isinstance(row, str)}
     wanted = list(dict.fromkeys(defences)) or [name for name in known if name not in absent]
@@ -46,6 +50,8 @@ def evaluate(
             raise ValueError(f"a row must be one of {tuple(known)}; got {name!r}")
         if name in absent:
             raise ValueError(f"the row {name} {absent[name]}")
+    for path in models.values():
+        ModelFolder.open(path)  # all of them, before the first is exported
     rows = {
         name: open_system(row, out, guidance_scale=settings.guidance_scale, progress=progress)
         for name in wanted
