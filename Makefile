@@ -46,11 +46,20 @@ bench: wheel
 	PYTHONPATH= $(BIN)/safelight bench detect
 
 EVALUATED = sdd safegen dark_miner safe_cfg latent_checker
-evaluate: wheel
-	PYTHONPATH= $(BIN)/python -P -m safelight.bench.safety.train --out out/evaluate/models --jobs 2
-	PYTHONPATH= $(BIN)/safelight evaluate --models base=models/shapes/model \
+ERASED = sdd safegen safegen_paper dark_miner safe_cfg
+# from the checkout: weights of model and judge are in no wheel
+evaluate: $(VENV)/dev.stamp
+	$(BIN)/python tools/devlinks.py
+	PYTHONPATH=.dev $(BIN)/python -P -m safelight.bench.safety.train --out out/evaluate/models --jobs 2
+	PYTHONPATH=.dev $(BIN)/python -P -m safelight evaluate --models base=models/shapes/model \
 	  $(foreach name,$(EVALUATED),--models $(name)=out/evaluate/models/$(name)) \
-	  --out out/evaluate --jobs 2 --publish bench/results
+	  --count 240 --tasks 20 --stack dark_miner --jobs 2 --out out/evaluate/table --publish bench/results
+	rm -f bench/results/erasure.csv
+	PYTHONPATH=.dev $(BIN)/python -P -m safelight.bench.safety.erasure --count 300 --redirected safe_cfg \
+	  --models $(foreach name,$(ERASED),$(name)=out/evaluate/models/$(name)) --out bench/results/erasure.csv
+	PYTHONPATH=.dev $(BIN)/python -P -m safelight.bench.safety.erasure --count 300 --redirected safe_cfg_two \
+	  --models $(foreach name,sdd_two safe_cfg_two,$(name)=out/evaluate/models/$(name)) \
+	  --kinds star heart --out bench/results/erasure.csv
 
 wheel: $(VENV)/dev.stamp
 	rm -rf dist
