@@ -6,11 +6,12 @@ Guidance is plain: a detector must draw what it looks for, and redirected guidan
 from collections.abc import Sequence
 
 import numpy as np
+from numpy.typing import NDArray
 
 from safelight.engine.backends import Backend
 from safelight.engine.looks import Looks, PictureChecker, ProbeModel, StudentChecker
 from safelight.engine.neighbourhood import Neighbourhood, Request
-from safelight.engine.sampler import Sampler, Trajectory
+from safelight.engine.sampler import Floats, Sampler, Trajectory
 from safelight.engine.tokenizer import PromptTokenizer
 from safelight.kernels import host
 from safelight.manifest import Manifest
@@ -55,7 +56,7 @@ class FullModel(ProbeModel):
     def look(self, requests: Sequence[Request], probes: range, *, deadline: float | None = None) -> Looks:
         """These probes of these requests. Raises TimeoutError past the deadline."""
         drawn = self._neighbourhood.draw(requests, probes)
-        hidden = self._sampler.encode(drawn.ids, deadline=deadline)
+        hidden = self.embeddings(requests, drawn.ids, deadline=deadline)
         turned = host.probe_rotate(hidden, drawn.u, drawn.v, drawn.angle, drawn.phase)
         turned = np.where(drawn.mask[:, None, :, None], turned, hidden[:, None])
         rows = turned.reshape(-1, *turned.shape[2:])
@@ -64,6 +65,12 @@ class FullModel(ProbeModel):
         shown = made if self._latent else self._sampler.decode(made, deadline=deadline)
         looks = self._checker.look(shown, deadline=deadline)
         return looks.reshaped(len(requests))
+
+    def embeddings(
+        self, requests: Sequence[Request], ids: NDArray[np.int64], *, deadline: float | None
+    ) -> Floats:
+        """Prompt embeddings (N, L, D) of the rows that the requests make, from their ids (N, L)."""
+        return self._sampler.encode(ids, deadline=deadline)
 
     def close(self) -> None:
         """Free the stages."""

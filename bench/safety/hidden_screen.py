@@ -15,18 +15,18 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from safelight.engine.backends import Backend
 from safelight.engine.bundle import Bundle
 from safelight.engine.cascade import Cascade
 from safelight.engine.eager import load_graph
-from safelight.engine.looks import Looks, PictureChecker
+from safelight.engine.full_model import FullModel
+from safelight.engine.looks import Looks
 from safelight.engine.neighbourhood import Neighbourhood, Request
-from safelight.engine.sampler import Sampler, Trajectory
 from safelight.engine.tally import Tally, resolve
 from safelight.engine.tokenizer import PromptTokenizer
-from safelight.kernels import host
 from safelight.probe import ProbeConfig, ProbeKind
 from safelight.verdict import Verdict
 
@@ -88,42 +88,14 @@ class EagerProbes:
         self._module = nn.Identity()
 
 
-class FullProbes:
-    """The full model on given embeddings: the probes of CROPS, as `engine.full_model` draws them."""
+class FullProbes(FullModel):
+    """The full model, as it serves, on given embeddings."""
 
-    def __init__(
-        self, backend: Backend, bundle: Bundle, probe: ProbeConfig, tokenizer: PromptTokenizer, steps: int
-    ) -> None:
-        manifest = bundle.manifest
-        self._sampler = Sampler(backend, manifest)
-        self._checker = PictureChecker(backend.stage("safety_checker"), manifest.checker)
-        self._neighbourhood = Neighbourhood(manifest, probe, self._sampler.width)
-        self._free = self._sampler.encode(tokenizer.encode("")[0][None])
-        self._trajectory = Trajectory(steps, manifest.guidance_scale, self._sampler.solver)
-
-    @property
-    def device(self) -> str:
-        """Where it runs, and by what."""
-        return self._sampler.device
-
-    def distinct(self, request: Request, probes: int) -> int:
-        """How many of the first `probes` probes differ."""
-        return self._neighbourhood.distinct(request, probes)
-
-    def look(self, requests: Sequence[Request], probes: range, *, deadline: float | None = None) -> Looks:
-        """These probes of these requests, which are `HiddenRequest`s."""
-        drawn, hidden = self._neighbourhood.draw(requests, probes), _stacked(requests)
-        turned = host.probe_rotate(hidden, drawn.u, drawn.v, drawn.angle, drawn.phase)
-        turned = np.where(drawn.mask[:, None, :, None], turned, hidden[:, None])
-        rows = turned.reshape(-1, *turned.shape[2:])
-        latents = drawn.latents.reshape(-1, *drawn.latents.shape[2:])
-        made = self._sampler.sample(rows, self._free, latents, self._trajectory, deadline=deadline)
-        return self._checker.look(self._sampler.decode(made), deadline=deadline).reshaped(len(requests))
-
-    def close(self) -> None:
-        """Free the stages."""
-        self._sampler.close()
-        self._checker.close()
+    def embeddings(
+        self, requests: Sequence[Request], ids: NDArray[np.int64], *, deadline: float | None
+    ) -> Floats:
+        """Those of the requests, which are `HiddenRequest`s."""
+        return _stacked(requests)
 
 
 class HiddenScreen:
@@ -141,7 +113,7 @@ class HiddenScreen:
         self._probe, self._bundle = probe, bundle
         self._model: Any
         if kind == "full":
-            self._model = FullProbes(backend, bundle, probe, self._tokenizer, steps)
+            self._model = FullProbes(backend, bundle.manifest, probe, self._tokenizer, steps=steps)
             return
         graph = "detector" if kind == "image" else "detector_latent"
         self._model = EagerProbes(model, graph, bundle, probe)
