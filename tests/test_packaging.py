@@ -130,11 +130,7 @@ def pins() -> dict[str, str]:
     return {canonicalize_name(name): version for name, _, version in pairs}
 
 
-OF_A_GPU = (
-    "nvidia-",
-    "cuda-",
-    "triton",
-)  # what PyTorch's CUDA build brings; the list is that of its CPU build
+OF_A_GPU = ("nvidia-", "cuda-")  # what PyTorch's CUDA build brings; the list is that of its CPU build
 
 
 def closure(requirements: Iterable[str], extras: frozenset[str]) -> set[tuple[str, frozenset[str]]]:
