@@ -64,8 +64,19 @@ def report(
 
 
 def write_report(values: Mapping[str, Any], folder: Path) -> Path:
-    """Write a report into `folder`, and as the latest of its technique and concept; returns its path."""
+    """Write a report into `folder`, and as the latest of its technique and concept where none lies there that
+    is as new, as eval-unlearn does it; returns its path. Raises ValueError where that one is no report.
+    """
     path = folder / f"{values['run_id']}_report.json"
     write_json(path, values)
-    write_json(folder / f"{values['technique_name']}_{values['erase_concept']}_latest_report.json", values)
+    latest = folder / f"{values['technique_name']}_{values['erase_concept']}_latest_report.json"
+    if not latest.exists() or _timestamp(latest) < values["timestamp"]:
+        write_json(latest, values)
     return path
+
+
+def _timestamp(path: Path) -> float:
+    try:
+        return float(json.loads(path.read_text(encoding="utf-8")).get("timestamp", 0))
+    except (ValueError, TypeError, AttributeError) as fault:
+        raise ValueError(f"{path} is no report of eval-unlearn; remove it") from fault
