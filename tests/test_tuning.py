@@ -15,7 +15,7 @@ from safelight.kernels.triton.kernel import Kernel
 from safelight.kernels.triton.tuning import DEFAULT, TABLE, Setting, setting, use_setting
 
 WITH_TRITON = pytest.mark.skipif(
-    dispatch.find_spec("triton") is None, reason="the kernels need Triton, which is not installed"
+    not dispatch._installed(), reason="the kernels need Triton, which is not installed"
 )
 
 
