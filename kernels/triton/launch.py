@@ -37,7 +37,7 @@ _runner: ContextVar[Runner | None] = ContextVar("safelight_kernel_runner", defau
 
 @contextmanager
 def use_runner(runner: Runner) -> Iterator[None]:
-    """Start kernels by `runner` inside the block; it is given variants of `kernel.variants` alone."""
+    """Start the kernels of this thread by `runner` inside the block; it is given variants of theirs alone."""
     token = _runner.set(runner)
     try:
         yield
