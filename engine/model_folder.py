@@ -139,13 +139,13 @@ class ModelFolder:
 
     def whole(self, part: str, key: str) -> int:
         """A whole number of a part's configuration. Raises BundleError where it is none."""
-        value = self.config(part).get(key)
-        if not isinstance(value, int):
+        value: Any = self.config(part).get(key)
+        if type(value) is not int:
             raise BundleError(
                 f"{self.path / part}/config.json: {key} must be one whole number; got {value!r}; use a model "
                 "of square pictures of one size"
             )
-        return value
+        return int(value)
 
     @property
     def is_tiny(self) -> bool:

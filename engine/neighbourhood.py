@@ -105,7 +105,7 @@ class Neighbourhood:
         begins a prompt with one would be probed nowhere.
         """
         window = self._tokens.window
-        filled = ids.reshape(len(ids), -1, window) == self._pads
+        filled = ids.reshape(len(ids), len(self._pads), window) == self._pads
         last = window - 1 - (~filled)[..., ::-1].argmax(-1)
         end: NDArray[np.int64] = last + (self._pads[:, 0] == self._tokens.eos)
         return end
@@ -120,7 +120,7 @@ class Neighbourhood:
         order = host.token_shift(np.where(position == end, none, position), shift, none)
         order = np.where(order == none, end[:, None], order)
         shifted = np.take_along_axis(np.broadcast_to(windows[:, None], order.shape), order, axis=2)
-        apart = shifted.reshape(len(ids), -1, len(probes), self._tokens.window)
+        apart = shifted.reshape(len(ids), len(self._pads), len(probes), self._tokens.window)
         return np.swapaxes(apart, 1, 2).reshape(len(ids), len(probes), ids.shape[1])
 
     def _mask(self, ids: NDArray[np.int64]) -> NDArray[np.bool_]:

@@ -53,9 +53,11 @@ def read_lora(lora: Lora) -> dict[str, Tensor]:
     if path.suffix != ".safetensors" or not path.is_file():
         raise ExportError(f"{path} is no .safetensors file; name the LoRA's file, saved as safetensors")
     try:
-        tensors = load_file(path)
+        tensors: dict[str, Tensor] = load_file(path)
     except (SafetensorError, OSError) as fault:
         raise ExportError(f"{path} cannot be read ({fault}); fetch the LoRA again") from fault
+    if not tensors:
+        raise ExportError(f"{path} holds no tensors; fetch the LoRA again")
     for key, value in tensors.items():
         if "dora_scale" in key or not ("lora" in key or key.endswith(".alpha")):
             raise ExportError(
@@ -72,6 +74,7 @@ def fold(loras: tuple[Lora, ...], networks: Mapping[str, Any]) -> tuple[str, ...
 
     Raises ExportError where a file is none, has layers that no network has, or layers of another shape.
     """
+    import peft  # noqa: F401  before diffusers, which would only say that it is missing
     from diffusers.loaders import StableDiffusionLoraLoaderMixin, StableDiffusionXLLoraLoaderMixin
 
     loader: Any = (
@@ -89,9 +92,12 @@ def fold(loras: tuple[Lora, ...], networks: Mapping[str, Any]) -> tuple[str, ...
             raise ExportError(
                 f"{lora.path} does not fit this model ({reason}); use one made for it"
             ) from fault
-        touched = {part: _add(network, name, lora.scale) for part, network in networks.items()}
-        _check_whole(lora, found, touched)
-        changed |= {part for part, layers in touched.items() if layers}
+        touched = {part: _adapted(network, name) for part, network in networks.items()}
+        _check_whole(lora, found, touched, name)
+        for part, layers in touched.items():
+            for layer in layers.values():
+                _add(layer, name, lora.scale)
+            changed |= {part} if layers else set()
     return tuple(part for part in networks if part in changed)
 
 
@@ -109,22 +115,28 @@ def _load(
             loader.load_lora_into_text_encoder(tensors, text_encoder=network, prefix=part, **kept)
 
 
-@torch.no_grad()
-def _add(network: nn.Module, name: str, scale: float) -> set[str]:
-    """Add the adapters of this name to the weights beneath; returns the layers that have one."""
+def _adapted(network: nn.Module, name: str) -> dict[str, Any]:
+    """The layers that have an adapter of this name, by their own names."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
-    layers = set()
-    for at, layer in network.named_modules():
-        if isinstance(layer, BaseTunerLayer) and name in layer.lora_A:  # type: ignore[operator]
-            weight = layer.get_base_layer().weight
-            weight += scale * layer.get_delta_weight(name).to(weight)  # type: ignore[operator]
-            layers.add(at)
-    return layers
+    return {
+        at: layer
+        for at, layer in network.named_modules()
+        if isinstance(layer, BaseTunerLayer) and name in layer.lora_A
+    }
 
 
-def _check_whole(lora: Lora, tensors: dict[str, Tensor], touched: Mapping[str, set[str]]) -> None:
-    """Raises ExportError where a layer of the file went nowhere, which diffusers only logs."""
+@torch.no_grad()
+def _add(layer: Any, name: str, scale: float) -> None:
+    """Add an adapter to the weight beneath."""
+    weight = layer.get_base_layer().weight
+    weight += scale * layer.get_delta_weight(name).to(weight)
+
+
+def _check_whole(
+    lora: Lora, tensors: dict[str, Tensor], touched: Mapping[str, dict[str, Any]], name: str
+) -> None:
+    """Raises ExportError where a tensor of the file went nowhere, which diffusers at most logs."""
     from diffusers.utils import convert_state_dict_to_peft, convert_unet_state_dict_to_peft
     from diffusers.utils.state_dict_utils import convert_state_dict_to_diffusers
 
@@ -140,9 +152,12 @@ def _check_whole(lora: Lora, tensors: dict[str, Tensor], touched: Mapping[str, s
                 if part == "unet"
                 else convert_state_dict_to_peft(convert_state_dict_to_diffusers(own))
             )
+        layers = touched.get(part, {})
         for key in sorted(own):
-            layer = key.removesuffix(".weight").removesuffix(".lora_A").removesuffix(".lora_B")
-            if not touched.get(part, set()) & {layer, layer.removeprefix("text_model.")}:
+            at, _, which = key.removesuffix(".weight").rpartition(".")
+            layer = layers.get(at) or layers.get(at.removeprefix("text_model."))
+            held = None if layer is None else getattr(layer, which, {})[name].weight
+            if held is None or not torch.equal(held, own[key].to(held)):
                 raise ExportError(
                     f"{lora.path}: this model has no layer for {part}.{key}; use a LoRA made for it"
                 )

@@ -163,6 +163,7 @@ _SD15 = Architecture(
     vision=_VIT_L_VISION,
     scheduler=("PNDMScheduler", _SCALED | {"skip_prk_steps": True, "set_alpha_to_one": False}),
 )
+TINY_AUTOENCODER = "taesd"
 ARCHITECTURES: dict[str, Architecture] = {
     "sd15": _SD15,
     "sd21": Architecture(
@@ -225,12 +226,20 @@ ARCHITECTURES: dict[str, Architecture] = {
 def synth(name: str, folder: Path, *, seed: int = 0) -> Path:
     """Write the model folder of an architecture, float16 safetensors, whole or not at all; returns `folder`.
 
-    Raises ValueError for an unknown name and SafelightError where `folder` holds something already.
+    `taesd` is no model, but the tiny autoencoder that may take the place of one's own. Raises ValueError for
+    an unknown name and SafelightError where `folder` holds something already.
     """
-    if name not in ARCHITECTURES:
-        raise ValueError(f"architecture must be one of {sorted(ARCHITECTURES)}; got {name!r}")
+    if name not in (known := sorted((*ARCHITECTURES, TINY_AUTOENCODER))):
+        raise ValueError(f"architecture must be one of {known}; got {name!r}")
     with new_folder(folder) as partial:
-        _write(name, ARCHITECTURES[name], partial, seed)
+        if name == TINY_AUTOENCODER:
+            from diffusers import AutoencoderTiny
+
+            with torch.device("meta"):
+                network = AutoencoderTiny()
+            _save(network, partial, name, seed)
+        else:
+            _write(name, ARCHITECTURES[name], partial, seed)
     return folder
 
 
@@ -283,7 +292,7 @@ def _save(network: Any, folder: Path, label: str, seed: int) -> None:
     """The configuration, and float16 weights drawn for each tensor by its name."""
     from safetensors.torch import save_file
 
-    folder.mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=True)
     if hasattr(network, "to_json_string"):  # diffusers
         network.save_config(folder)
         file = "diffusion_pytorch_model.safetensors"

@@ -19,6 +19,7 @@ from safelight.engine.backends import Array, Stage, open_backend, shape_of
 from safelight.engine.bundle import SHIPPED, Bundle, open_bundle
 from safelight.engine.eager import load_graph
 from safelight.engine.model_folder import ModelFolder
+from safelight.engine.model_source import locate_model
 from safelight.errors import BundleError, ExportError, SafelightError
 from safelight.export.weights import round_to_half
 from safelight.kernels.reference import concept_margins
@@ -78,8 +79,8 @@ def cases(graph: str, *, large: bool) -> tuple[Case, ...]:
 def verify_bundle(bundle: Path, model: Path | None) -> tuple[Row, ...]:
     """Compare every graph with the model folder that the bundle was made from.
 
-    None is the folder of the name that the manifest gives. Raises BundleError where the bundle was altered,
-    or the folder is not the one.
+    None is the folder of the name that the manifest gives, or the hub's commit. Raises BundleError where the
+    bundle was altered, or the folder is not the one.
     """
     opened = open_bundle(bundle)
     source = opened.manifest.source
@@ -95,6 +96,8 @@ def verify_bundle(bundle: Path, model: Path | None) -> tuple[Row, ...]:
 
 
 def _folder_of(source: Source, bundle: Path) -> Path:
+    if source.revision is not None and not source.changes:
+        return locate_model(source.name, revision=source.revision, variant=source.variant).path
     for path in (MODEL_FOLDER,) if source.name == SHIPPED else (Path(source.name),):
         if path.is_dir() and not source.changes:
             return path

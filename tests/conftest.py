@@ -95,3 +95,29 @@ def guarded_bundle(tiny_bundle: Path, guarded_model: Path, tmp_path_factory: pyt
         verification=(),
     ).write(bundle)
     return bundle
+
+
+@pytest.fixture(scope="session")
+def paired_model(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model folder of the SDXL-Turbo class, tiny, with the checker of `tiny_model`. Copy it before changing
+    it.
+    """
+    from safelight.engine.model_source import ModelSource
+    from safelight.export.assembly import Changes, assembled
+    from safelight.export.synth import synth
+
+    place = tmp_path_factory.mktemp("models")
+    source = ModelSource(synth("tiny-sdxl-turbo", place / "xl"), "xl")
+    changes = Changes(checker=ModelSource(tiny_model, "tiny-sd"))
+    with assembled(source, changes, beside=place / "bundle", keep=place / "paired") as folder:
+        return folder
+
+
+@pytest.fixture(scope="session")
+def paired_bundle(paired_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The bundle of `paired_model`. Copy it before changing it."""
+    from safelight.export.bundle import export_bundle
+
+    bundle = tmp_path_factory.mktemp("bundles") / "paired"
+    export_bundle(paired_model, bundle)
+    return bundle
