@@ -5,7 +5,8 @@ diffusers' business. A file that does not fit as a whole is refused: a part of i
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -85,8 +86,9 @@ def fold(loras: tuple[Lora, ...], networks: Mapping[str, Any]) -> tuple[str, ...
         tensors, name = read_lora(lora), f"lora{number}"
         try:
             about = {"unet_config": networks["unet"].config} if "text_encoder_2" in networks else {}
-            found, alphas = loader.lora_state_dict(tensors, **about)[:2]
-            _load(loader, found, alphas, networks, name)
+            with _quiet():
+                found, alphas = loader.lora_state_dict(tensors, **about)[:2]
+                _load(loader, found, alphas, networks, name)
         except (ValueError, RuntimeError, KeyError, TypeError, AttributeError, IndexError) as fault:
             reason = " ".join(str(fault).split())[:200] or type(fault).__name__
             raise ExportError(
@@ -99,6 +101,22 @@ def fold(loras: tuple[Lora, ...], networks: Mapping[str, Any]) -> tuple[str, ...
                 _add(layer, name, lora.scale)
             changed |= {part} if layers else set()
     return tuple(part for part in networks if part in changed)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep transformers from reporting the adapters that are there already as missing from each file."""
+    from transformers.utils import logging
+
+    level, shown = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if shown:
+            logging.enable_progress_bar()
 
 
 def _load(
@@ -141,6 +159,9 @@ def _check_whole(
     from diffusers.utils.state_dict_utils import convert_state_dict_to_diffusers
 
     for part in sorted({key.partition(".")[0] for key in tensors}):
+        if part not in touched:
+            odd = min(key for key in tensors if key.startswith(part))
+            raise ExportError(f"{lora.path}: this model has no layer for {odd}; use a LoRA made for it")
         own = {
             key.removeprefix(f"{part}."): value
             for key, value in tensors.items()
@@ -152,7 +173,7 @@ def _check_whole(
                 if part == "unet"
                 else convert_state_dict_to_peft(convert_state_dict_to_diffusers(own))
             )
-        layers = touched.get(part, {})
+        layers = touched[part]
         for key in sorted(own):
             at, _, which = key.removesuffix(".weight").rpartition(".")
             layer = layers.get(at) or layers.get(at.removeprefix("text_model."))
