@@ -18,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from safelight.containment import check_classes, digest, read_json
+from safelight.engine.part_classes import class_of
 from safelight.engine.weight_files import check_weights, find_weights, variant_of
 from safelight.errors import BundleError
 from safelight.schedule import NoiseSchedule, OneStep
@@ -167,7 +168,7 @@ class ModelFolder:
         """Edge of the pictures in px: that of the latents, doubled by every block of the decoder but one."""
         config = self.config("vae")
         blocks = config.get("decoder_block_out_channels" if self.is_tiny else "block_out_channels", (64,) * 4)
-        return self.whole("unet", "sample_size") * 2 ** (len(blocks) - 1)
+        return self.whole("unet", "sample_size") << (len(blocks) - 1)
 
     def pooled(self) -> int:
         """Width of the pooled text embedding that the UNet takes besides; 0 where it takes none.
@@ -221,7 +222,7 @@ class ModelFolder:
         for file in files:
             with _opened(file):
                 pass  # its head is whole; the libraries would not say which file is not
-        kind, keywords = _class_of("tiny_vae" if name == "vae" and self.is_tiny else name)
+        kind, keywords = class_of("tiny_vae" if name == "vae" and self.is_tiny else name)
         try:
             with _no_progress_bar():
                 network, info = kind.from_pretrained(
@@ -269,38 +270,3 @@ def _no_progress_bar() -> Iterator[None]:
     finally:
         if shown:
             logging.enable_progress_bar()
-
-
-def _class_of(name: str) -> tuple[Any, dict[str, Any]]:
-    """The class of a part, and what its `from_pretrained` is told besides."""
-    if name in ("unet", ONE_STEP):
-        from diffusers import UNet2DConditionModel
-
-        return UNet2DConditionModel, {"low_cpu_mem_usage": False}
-    if name == "latent_checker":
-        from safelight.engine.latent_checker import LatentChecker
-
-        return LatentChecker, {"low_cpu_mem_usage": False}
-    if name == "redirector":
-        from safelight.engine.redirector import Redirector
-
-        return Redirector, {"low_cpu_mem_usage": False}
-    if name == "tiny_vae":
-        from diffusers import AutoencoderTiny
-
-        return AutoencoderTiny, {"low_cpu_mem_usage": False}
-    if name == "vae":
-        from diffusers import AutoencoderKL
-
-        return AutoencoderKL, {"low_cpu_mem_usage": False}
-    if name == SECOND_TEXT:
-        from transformers import CLIPTextModelWithProjection
-
-        return CLIPTextModelWithProjection, {}
-    if name == "text_encoder":
-        from transformers import CLIPTextModel
-
-        return CLIPTextModel, {}
-    from diffusers.pipelines.stable_diffusion import StableDiffusionSafetyChecker
-
-    return StableDiffusionSafetyChecker, {}

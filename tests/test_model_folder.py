@@ -34,7 +34,7 @@ def unread(monkeypatch: pytest.MonkeyPatch) -> None:
     def read(*args: object, **named: object) -> None:
         raise RuntimeError("a weight was read before the folder was checked")
 
-    monkeypatch.setattr("safelight.engine.model_folder._class_of", read)
+    monkeypatch.setattr("safelight.engine.model_folder.class_of", read)
 
 
 def edit(path: Path, **changes: object) -> None:

@@ -42,7 +42,7 @@ def export(model: str, bundle: Path, **options: Any) -> None:
     a one-step student beside the model, which does not know it: such a bundle probes with the full model.
     """
     from safelight.engine.model_source import AUTOENCODER, CHECKER, locate_model
-    from safelight.export.assembly import Changes, assembled
+    from safelight.export.assembly import Changes, assembled, read_record
     from safelight.export.bundle import export_bundle
     from safelight.export.lora import Lora
 
@@ -59,6 +59,8 @@ def export(model: str, bundle: Path, **options: Any) -> None:
         variant,
     )
     with assembled(source, changes, beside=bundle, keep=options["keep_model"]) as folder:
+        for line in read_record(folder).get("changes", ()):
+            progress(line)
         export_bundle(
             folder,
             bundle,
