@@ -177,6 +177,21 @@ def test_a_model_that_takes_a_lora_loses_what_does_not_know_it(guarded_model: Pa
     assert all(torch.equal(state[key], value) for key, value in unet.network.state_dict().items())
 
 
+def test_the_model_that_takes_a_lora_stays_as_it_was(tiny_model: Path, tmp_path: Path) -> None:
+    """Float32 weights are mapped into memory, changed there, and their links replaced."""
+    model = Path(shutil.copytree(tiny_model, tmp_path / "model"))
+    (file,) = (model / "unet").glob("*.safetensors")
+    save_file({key: value.float() for key, value in load_file(file).items()}, file, metadata={"format": "pt"})
+    before = {path: digest(path) for path in sorted(model.rglob("*")) if path.is_file()}
+    layers = {("unet", UNET): thin(weight_of(model, "unet", UNET).shape, 1)}
+    lora = write_lora(tmp_path / "a.safetensors", "peft", layers, False)
+    made = put_together(model, tmp_path / "made", loras=(Lora(lora),))
+    assert {path: digest(path) for path in sorted(model.rglob("*")) if path.is_file()} == before
+    stored = load_file(made / "unet/diffusion_pytorch_model.safetensors")
+    assert {value.dtype for value in stored.values()} == {torch.float32}
+    assert digest(made / "unet" / file.name) != before[file]
+
+
 def test_a_turbo_model_takes_a_lora_into_the_one_unet_that_it_has(
     bare: Path, tiny_model: Path, tmp_path: Path
 ) -> None:
