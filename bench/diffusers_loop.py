@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from safelight.engine.bundle import Bundle
 from safelight.engine.model_folder import ONE_STEP, ModelFolder
 from safelight.engine.neighbourhood import Neighbourhood, Request
-from safelight.engine.tokenizer import PromptTokenizer
+from safelight.engine.tokenizer import open_tokenizer
 from safelight.kernels.reference import probe_rotate
 from safelight.probe import ProbeConfig
 
@@ -37,7 +37,7 @@ class DiffusersLoop:
         )
         self._pipeline.set_progress_bar_config(disable=True)
         self._prompt = prompt
-        ids, _ = PromptTokenizer(bundle.folder / "tokenizer", bundle.manifest.tokens).encode(prompt)
+        ids, _ = open_tokenizer(bundle).encode(prompt)
         width = self._pipeline.text_encoder.config.hidden_size
         drawn = Neighbourhood(bundle.manifest, probe, width).draw([Request(ids, seed)], range(probe.count))
         self._turns = [

@@ -34,6 +34,11 @@ class TrainingModel:
 
     def __init__(self, folder: ModelFolder) -> None:
         """Load text encoder, UNet and autoencoder. Raises BundleError."""
+        if folder.is_paired or folder.is_tiny:
+            raise BundleError(
+                f"{folder.path}: models with two text encoders or a tiny autoencoder are exported and not "
+                "trained; train one of the SD 1.x or SD 2.x class"
+            )
         self.folder = folder
         self.tokenizer = _tokenizer(folder)
         self.text_encoder = folder.load("text_encoder")

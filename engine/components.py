@@ -40,7 +40,9 @@ class Denoiser(nn.Module):
 
 
 class LatentDecoder(nn.Module):
-    """AutoencoderKL's decoder. The latents' scaling factor is the caller's business, as in optimum."""
+    """An autoencoder's decoder. The latents' scaling factor is the caller's business, as in optimum: that of
+    AutoencoderTiny, which reads the UNet's latents as they are, is 1.
+    """
 
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
@@ -53,7 +55,7 @@ class LatentDecoder(nn.Module):
 
 
 class LatentEncoder(nn.Module):
-    """AutoencoderKL's encoder: the mean, nothing is drawn."""
+    """An autoencoder's encoder: AutoencoderKL's mean, nothing is drawn, or AutoencoderTiny's latents."""
 
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
@@ -61,8 +63,9 @@ class LatentEncoder(nn.Module):
 
     def forward(self, sample: Tensor) -> Tensor:
         """Sample (N, 3, H, W) in [-1, 1] -> latent_sample (N, c, h, w), unscaled."""
-        out: Tensor = self.network.encode(sample, return_dict=False)[0].mean  # type: ignore[operator]
-        return out
+        found = self.network.encode(sample, return_dict=False)[0]  # type: ignore[operator]
+        latents: Tensor = found if isinstance(found, Tensor) else found.mean
+        return latents
 
 
 class ConceptChecker(nn.Module):

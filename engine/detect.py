@@ -21,7 +21,7 @@ from safelight.engine.looks import ProbeModel
 from safelight.engine.neighbourhood import Request
 from safelight.engine.probe_model import CheckerKind, open_probe_model
 from safelight.engine.tally import Pictures, Tally, resolve
-from safelight.engine.tokenizer import PromptTokenizer
+from safelight.engine.tokenizer import open_tokenizer
 from safelight.errors import SafelightError, ShapeError
 from safelight.kernels.philox import split_seed
 from safelight.probe import ProbeConfig
@@ -59,7 +59,7 @@ class Detector:
         self._backend = backend
         self._timeout_s = timeout_s
         self._early_exit = early_exit
-        self._tokenizer = PromptTokenizer(bundle.folder / "tokenizer", manifest.tokens)
+        self._tokenizer = open_tokenizer(bundle)
         self._model: ProbeModel = open_probe_model(
             backend, manifest, probe, self._tokenizer, steps=steps, checker=checker
         )

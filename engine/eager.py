@@ -21,6 +21,7 @@ from safelight.engine.components import (
     TextEncoder,
 )
 from safelight.engine.model_folder import ONE_STEP, ModelFolder
+from safelight.engine.paired import load_text, load_unet
 from safelight.errors import BundleError
 from safelight.kernels.reference import clip_input, probe_rotate, vote
 from safelight.manifest import GRAPHS, OPTIONAL_GRAPHS
@@ -62,8 +63,8 @@ class Preprocessing:
 class Probing(nn.Module):
     """What both detectors share: token ids and probe directions to scaled latents. Looks at nothing.
 
-    Takes text encoder and UNet of a model folder; the one-step coefficients are constants of the module, as
-    they are of the graph.
+    Takes text encoder and UNet of a model folder, by `engine.paired` where there are two text encoders; the
+    one-step coefficients are constants of the module, as they are of the graph.
     """
 
     def __init__(self, *, text_encoder: nn.Module, unet: nn.Module, one_step: OneStep) -> None:
@@ -201,9 +202,9 @@ def _finite(values: Tensor, kept: int) -> Tensor:
     return torch.isfinite(values).flatten(kept).all(-1)
 
 
-def load_detector(model: Path) -> DetectorModule:
+def load_detector(model: Path | ModelFolder) -> DetectorModule:
     """The detector of a model folder, float32, for inference. Raises BundleError."""
-    folder = ModelFolder.open(model)
+    folder = _opened(model)
     return DetectorModule(
         **_probing(folder),
         vae=folder.load("vae"),
@@ -212,18 +213,22 @@ def load_detector(model: Path) -> DetectorModule:
     ).eval()
 
 
-def load_latent_detector(model: Path) -> LatentDetectorModule:
+def load_latent_detector(model: Path | ModelFolder) -> LatentDetectorModule:
     """The detector that looks at latents, likewise. Raises BundleError where there is no latent checker."""
-    folder = ModelFolder.open(model)
+    folder = _opened(model)
     return LatentDetectorModule(**_probing(folder), latent_checker=_optional(folder, "latent_checker")).eval()
 
 
 def _probing(folder: ModelFolder) -> dict[str, Any]:
     return {
-        "text_encoder": folder.load("text_encoder"),
-        "unet": folder.load(ONE_STEP if folder.has_one_step else "unet"),
+        "text_encoder": load_text(folder),
+        "unet": load_unet(folder, ONE_STEP if folder.has_one_step else "unet"),
         "one_step": folder.one_step(),
     }
+
+
+def _opened(model: Path | ModelFolder) -> ModelFolder:
+    return model if isinstance(model, ModelFolder) else ModelFolder.open(model)
 
 
 def _optional(folder: ModelFolder, part: str) -> nn.Module:
@@ -232,7 +237,7 @@ def _optional(folder: ModelFolder, part: str) -> nn.Module:
     return folder.load(part)
 
 
-def load_graph(model: Path, graph: str) -> nn.Module:
+def load_graph(model: Path | ModelFolder, graph: str) -> nn.Module:
     """The eager body of a bundle's graph, by the graph's name. Raises BundleError, and ValueError for an
     unknown name.
     """
@@ -240,11 +245,14 @@ def load_graph(model: Path, graph: str) -> nn.Module:
         return load_detector(model)
     if graph == "detector_latent":
         return load_latent_detector(model)
+    folder = _opened(model)
     if graph in ("latent_checker", "redirector"):
-        return _optional(ModelFolder.open(model), graph)
+        return _optional(folder, graph)
+    if graph == "text_encoder":
+        return TextEncoder(load_text(folder)).eval()
+    if graph == "unet":
+        return Denoiser(load_unet(folder, graph)).eval()
     bodies: dict[str, tuple[str, type[nn.Module]]] = {
-        "text_encoder": ("text_encoder", TextEncoder),
-        "unet": ("unet", Denoiser),
         "vae_decoder": ("vae", LatentDecoder),
         "vae_encoder": ("vae", LatentEncoder),
         "safety_checker": ("safety_checker", SafetyChecker),
@@ -252,4 +260,4 @@ def load_graph(model: Path, graph: str) -> nn.Module:
     if graph not in bodies:
         raise ValueError(f"graph must be one of {(*GRAPHS, *OPTIONAL_GRAPHS)}; got {graph!r}")
     part, body = bodies[graph]
-    return body(ModelFolder.open(model).load(part)).eval()
+    return body(folder.load(part)).eval()

@@ -40,7 +40,7 @@ class FullModel(ProbeModel):
             else PictureChecker(backend.stage("safety_checker"), manifest.checker)
         )
         self._neighbourhood = Neighbourhood(manifest, config, self._sampler.width)
-        self._free = self._sampler.encode(tokenizer.encode("")[0][None])
+        self._free = self._sampler.free(tokenizer)
         self._trajectory = Trajectory(steps, manifest.guidance_scale, self._sampler.solver)
         self._sampler.check(self._trajectory)
 

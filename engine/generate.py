@@ -20,7 +20,7 @@ from safelight.engine.guidance import Redirection, SafeCFG
 from safelight.engine.looks import PictureChecker
 from safelight.engine.sampler import Sampler, Trajectory
 from safelight.engine.tally import Tally
-from safelight.engine.tokenizer import PromptTokenizer
+from safelight.engine.tokenizer import open_tokenizer
 from safelight.errors import SafelightError
 from safelight.kernels.philox import Stream, normals, split_seed
 from safelight.probe import ProbeConfig
@@ -61,13 +61,13 @@ class Generator:
         self._bundle_id = manifest.bundle_id
         self.detector = detector
         self._owned = owned
-        self._tokenizer = PromptTokenizer(bundle.folder / "tokenizer", manifest.tokens)
+        self._tokenizer = open_tokenizer(bundle)
         self._sampler = Sampler(backend, manifest)
         self._checker = PictureChecker(backend.stage("safety_checker"), manifest.checker)
         self._redirection = (
             Redirection(backend.stage("redirector")) if "redirector" in manifest.graphs else None
         )
-        self._free = self._sampler.encode(self._tokenizer.encode("")[0][None])
+        self._free = self._sampler.free(self._tokenizer)
         self._closed = False
         self._lock = threading.Lock()
 

@@ -17,12 +17,15 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from safelight.containment import CODE, check_classes, digest, read_json
+from safelight.containment import check_classes, digest, read_json
+from safelight.engine.part_classes import class_of
+from safelight.engine.weight_files import check_weights, find_weights, variant_of
 from safelight.errors import BundleError
 from safelight.schedule import NoiseSchedule, OneStep
 
 INDEX = "model_index.json"
 NETWORKS = ("text_encoder", "unet", "vae", "safety_checker")
+SECOND_TEXT = "text_encoder_2"  # beside the first in models of the SDXL class
 ONE_STEP = "unet_one_step"  # a distilled UNet beside the full one
 OPTIONAL = (ONE_STEP, "latent_checker", "redirector")  # networks that lie beside an ordinary pipeline's
 _CONFIGS = {"scheduler": "scheduler_config.json", "feature_extractor": "preprocessor_config.json"}
@@ -36,21 +39,25 @@ class ModelFolder:
 
     path: Path
     index: dict[str, Any]
+    variant: str | None = None
 
     @classmethod
-    def open(cls, path: Path) -> "ModelFolder":
-        """Check and open a folder. Raises BundleError, naming the file, before any weight is read."""
+    def open(cls, path: Path, variant: str | None = None) -> "ModelFolder":
+        """Check and open a folder. Raises BundleError, naming the file, before any weight is read.
+
+        `variant="fp16"` takes these weights of a folder that holds others too.
+        """
         if not path.is_dir():
             raise BundleError(f"{path} is not a folder; name a local diffusers model folder")
         index = read_json(path / INDEX)
-        if "XL" in str(index.get("_class_name")) or "text_encoder_2" in index:
-            raise BundleError(
-                f"{path / INDEX}: models of the SDXL class (two text encoders) are not supported yet; "
-                "use one of the SD 1.x, SD 2.x or SD-Turbo class"
-            )
         check_classes(path / INDEX)
-        folder = cls(path, index)
-        for name in (*NETWORKS, "tokenizer", "scheduler", "feature_extractor"):
+        folder = cls(path, index, variant)
+        if folder.is_paired != ("XL" in str(index.get("_class_name"))):
+            raise BundleError(
+                f"{path / INDEX}: {index.get('_class_name')} {'has' if folder.is_paired else 'lacks'} a "
+                f"{SECOND_TEXT}; use a whole model of the SD 1.x, SD 2.x or SDXL class (a refiner is none)"
+            )
+        for name in (*folder.networks, *folder.tokenizers, "scheduler", "feature_extractor"):
             folder._check_part(name)
         for name in OPTIONAL:
             if folder.has(name):
@@ -62,6 +69,21 @@ class ModelFolder:
         """Whether a distilled UNet lies beside the full one."""
         return self.has(ONE_STEP)
 
+    @property
+    def is_paired(self) -> bool:
+        """Whether there are two text encoders, as in the SDXL class."""
+        return self.index.get(SECOND_TEXT) not in (None, [None, None])
+
+    @property
+    def networks(self) -> tuple[str, ...]:
+        """The parts that every folder of this class has weights of."""
+        return (*NETWORKS, SECOND_TEXT) if self.is_paired else NETWORKS
+
+    @property
+    def tokenizers(self) -> tuple[str, ...]:
+        """The parts that hold a tokenizer, one for each text encoder."""
+        return ("tokenizer", "tokenizer_2") if self.is_paired else ("tokenizer",)
+
     def has(self, name: str) -> bool:
         """Whether the folder holds this one of the `OPTIONAL` networks."""
         return (self.path / name).is_dir()
@@ -69,13 +91,12 @@ class ModelFolder:
     def _check_part(self, name: str) -> None:
         if name in ("safety_checker", "feature_extractor") and self.index.get(name) in (None, [None, None]):
             raise BundleError(
-                f"{self.path / INDEX} names no {name}, and nothing runs without a safety checker; add the "
-                f"folders "
-                "safety_checker and feature_extractor and name both in the index"
+                f"{self.path / INDEX} names no {name}, and nothing runs without a safety checker; name a "
+                "folder that holds safety_checker and feature_extractor with --checker DIR"
             )
         if not (self.path / name).is_dir():
             raise BundleError(f"{self.path / name} is missing; restore the folder, or save the model again")
-        if name in NETWORKS:
+        if name in self.networks:
             self._check_network(name)
         elif name in _CONFIGS:
             check_classes(self.path / name / _CONFIGS[name])
@@ -84,26 +105,19 @@ class ModelFolder:
 
     def _check_network(self, name: str) -> None:
         check_classes(self.path / name / "config.json")
-        if self.weights(name):
-            return
-        for file in sorted((self.path / name).iterdir()):
-            if file.suffix in CODE:
-                raise BundleError(
-                    f"{file} may hold a pickle and is never read; save the model with safe_serialization=True"
-                )
-        raise BundleError(f"{self.path / name} holds no .safetensors file; save the model again")
+        check_weights(self.path / name, self._variant(name))
 
     def weights(self, name: str) -> list[Path]:
-        """The weights files of a part, sorted: the plain ones, or the `fp16` variant where there are no
-        others.
-        """
-        files = sorted((self.path / name).glob("*.safetensors"))
-        plain = [file for file in files if ".fp16" not in file.name]
-        return plain or files
+        """The weights files of a part, sorted. Raises BundleError as `find_weights`."""
+        return find_weights(self.path / name, self._variant(name))
+
+    def _variant(self, name: str) -> str | None:
+        """The variant asked for, of the pipeline's own parts: what is trained beside them has none."""
+        return self.variant if name in self.networks else None
 
     def digests(self) -> dict[str, str]:
         """SHA-256 of every weights file, by its path inside the folder."""
-        names = (*NETWORKS, *(name for name in OPTIONAL if self.has(name)))
+        names = (*self.networks, *(name for name in OPTIONAL if self.has(name)))
         return {
             file.relative_to(self.path).as_posix(): digest(file)
             for name in names
@@ -124,9 +138,60 @@ class ModelFolder:
         """The configuration of a part, as written."""
         return read_json(self.path / name / _CONFIGS.get(name, "config.json"))
 
+    def whole(self, part: str, key: str) -> int:
+        """A whole number of a part's configuration. Raises BundleError where it is none."""
+        value: Any = self.config(part).get(key)
+        if type(value) is not int:
+            raise BundleError(
+                f"{self.path / part}/config.json: {key} must be one whole number; got {value!r}; use a model "
+                "of square pictures of one size"
+            )
+        return int(value)
+
+    @property
+    def is_tiny(self) -> bool:
+        """Whether the autoencoder is an `AutoencoderTiny`, whose latents are the UNet's own, unscaled."""
+        return self.config("vae").get("_class_name") == "AutoencoderTiny"
+
     def scaling_factor(self) -> float:
-        """What latents are multiplied by after encoding; AutoencoderKL's own default where none is given."""
-        return float(self.config("vae").get("scaling_factor", 0.18215))
+        """What latents are multiplied by after encoding; the autoencoder's default where none is given."""
+        config = self.config("vae")
+        for key in ("shift_factor", "latents_mean", "latents_std"):
+            if config.get(key):
+                raise BundleError(
+                    f"{self.path / 'vae'}/config.json: latents are scaled and never shifted; got {key} "
+                    f"{config[key]!r}; use the autoencoder of an SD 1.x, SD 2.x or SDXL model"
+                )
+        return float(config.get("scaling_factor", 1.0 if self.is_tiny else 0.18215))
+
+    def picture(self) -> int:
+        """Edge of the pictures in px: that of the latents, doubled by every block of the decoder but one."""
+        config = self.config("vae")
+        blocks = config.get("decoder_block_out_channels" if self.is_tiny else "block_out_channels", (64,) * 4)
+        return self.whole("unet", "sample_size") << (len(blocks) - 1)
+
+    def pooled(self) -> int:
+        """Width of the pooled text embedding that the UNet takes besides; 0 where it takes none.
+
+        Raises BundleError where the UNet's added conditioning is not that of the model's class.
+        """
+        unet, wanted = self.config("unet"), "text_time" if self.is_paired else None
+        if (kind := unet.get("addition_embed_type")) != wanted:
+            raise BundleError(
+                f"{self.path / 'unet'}/config.json: addition_embed_type must be {wanted!r}; got {kind!r}; "
+                "take all parts from one model of the SD 1.x, SD 2.x or SDXL class"
+            )
+        if not self.is_paired:
+            return 0
+        width = self.whole(SECOND_TEXT, "projection_dim")
+        added = self.whole("unet", "projection_class_embeddings_input_dim")
+        sizes = 6 * self.whole("unet", "addition_time_embed_dim")
+        if added != width + sizes:
+            raise BundleError(
+                f"{self.path / 'unet'}/config.json: projection_class_embeddings_input_dim must be {width} "
+                f"and {sizes}, the pooled text and six sizes; got {added}; take all parts from one model"
+            )
+        return width
 
     def latent_band(self) -> float | None:
         """The band of the latent checker, half a width in margin; None where there is none, or where it is 0,
@@ -157,7 +222,7 @@ class ModelFolder:
         for file in files:
             with _opened(file):
                 pass  # its head is whole; the libraries would not say which file is not
-        kind, keywords = _class_of(name)
+        kind, keywords = class_of("tiny_vae" if name == "vae" and self.is_tiny else name)
         try:
             with _no_progress_bar():
                 network, info = kind.from_pretrained(
@@ -165,7 +230,7 @@ class ModelFolder:
                     dtype=torch.float32,
                     local_files_only=True,
                     use_safetensors=True,
-                    variant="fp16" if files and ".fp16" in files[0].name else None,
+                    variant=variant_of(files[0].name) if files else None,
                     output_loading_info=True,
                     **keywords,
                 )
@@ -205,30 +270,3 @@ def _no_progress_bar() -> Iterator[None]:
     finally:
         if shown:
             logging.enable_progress_bar()
-
-
-def _class_of(name: str) -> tuple[Any, dict[str, Any]]:
-    """The class of a part, and what its `from_pretrained` is told besides."""
-    if name in ("unet", ONE_STEP):
-        from diffusers import UNet2DConditionModel
-
-        return UNet2DConditionModel, {"low_cpu_mem_usage": False}
-    if name == "latent_checker":
-        from safelight.engine.latent_checker import LatentChecker
-
-        return LatentChecker, {"low_cpu_mem_usage": False}
-    if name == "redirector":
-        from safelight.engine.redirector import Redirector
-
-        return Redirector, {"low_cpu_mem_usage": False}
-    if name == "vae":
-        from diffusers import AutoencoderKL
-
-        return AutoencoderKL, {"low_cpu_mem_usage": False}
-    if name == "text_encoder":
-        from transformers import CLIPTextModel
-
-        return CLIPTextModel, {}
-    from diffusers.pipelines.stable_diffusion import StableDiffusionSafetyChecker
-
-    return StableDiffusionSafetyChecker, {}

@@ -22,7 +22,7 @@ Floats = NDArray[np.float32]
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """One prompt on its way: ids int64 (L,), the seed of its probes, and how many tokens did not fit."""
+    """One prompt on its way: ids int64 (W,), the seed of its probes, and how many tokens did not fit."""
 
     ids: NDArray[np.int64]
     seed: int
@@ -33,8 +33,10 @@ class Request:
 class Probes:
     """Probes of R requests, as the detector graph takes them. Token shifts come as rows of their own, P = 1.
 
-    ids int64 (R, L), mask bool (R, L), u and v float32 (R, P, L, D), angle and phase float32 (R, P), latents
-    float32 (R, P, c, h, w), unit normals.
+    ids int64 (R, W), mask bool (R, T), u and v float32 (R, P, T, D), angle and phase float32 (R, P), latents
+    float32 (R, P, c, h, w), unit normals. W is the window L for each text encoder in turn; T is L, and one
+    row more where the conditioning holds a pooled embedding. That row turns, by the same angle in a plane of
+    its own, where any token does, and no further than it is wide.
     """
 
     ids: NDArray[np.int64]
@@ -53,6 +55,10 @@ class Neighbourhood:
         """`width` is that of the prompt embeddings, D."""
         self.config = config
         self._tokens = manifest.tokens
+        second = manifest.second_text
+        pads = [manifest.tokens.pad] if second is None else [manifest.tokens.pad, second.pad]
+        self._pads = np.asarray(pads, dtype=np.int64)[:, None]
+        self._pooled = 0 if second is None else second.pooled
         self._rotate = manifest.rotate
         self._latents = manifest.picture.latents
         self._width = width
@@ -72,7 +78,8 @@ class Neighbourhood:
         ids = np.stack([request.ids for request in requests])
         count = len(probes)
         still = np.zeros((len(requests), count), dtype=np.float32)
-        shape = (len(requests), count, ids.shape[1], self._width)
+        rows_each = self._tokens.window + bool(self._pooled)
+        shape = (len(requests), count, rows_each, self._width)
         latents = np.stack([self._start(request, probes) for request in requests])
         if self.config.kind is ProbeKind.TOKEN_SHIFT:
             rows = self._shifted(ids, probes).reshape(-1, ids.shape[1])
@@ -87,35 +94,42 @@ class Neighbourhood:
             return Probes(ids, mask, none, none, still, still, latents)
         turns = [turn(self.config, request.seed, probes, Stream.PROMPT_U, shape[2:]) for request in requests]
         u, v, angle, phase = (np.stack(parts) for parts in zip(*turns, strict=True))
+        if self._pooled:
+            u[..., -1, self._pooled :] = v[..., -1, self._pooled :] = 0
         return Probes(ids, mask, u, v, angle, phase, latents)
 
     def _end(self, ids: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Position of the end token that closes each prompt, int64 (R, 1).
+        """Positions of the end tokens that close the windows of each prompt, int64 (R, W / L).
 
         A prompt may spell end tokens out, and the model reads on past them: were the first one taken, whoever
         begins a prompt with one would be probed nowhere.
         """
-        filler = self._tokens.pad
-        last = ids.shape[1] - 1 - (ids != filler)[:, ::-1].argmax(1)
-        end: NDArray[np.int64] = last + int(filler == self._tokens.eos)
-        return end[:, None]
+        window = self._tokens.window
+        filled = ids.reshape(len(ids), len(self._pads), window) == self._pads
+        last = window - 1 - (~filled)[..., ::-1].argmax(-1)
+        end: NDArray[np.int64] = last + (self._pads[:, 0] == self._tokens.eos)
+        return end
 
     def _shifted(self, ids: NDArray[np.int64], probes: range) -> NDArray[np.int64]:
-        """Ids (R, L) with their tokens shifted by each probe's number, (R, P, L)."""
-        end, none = self._end(ids), -1
-        position = np.arange(ids.shape[1])
-        shift = np.broadcast_to(np.asarray(probes, dtype=np.int64), (len(ids), len(probes)))
+        """Ids (R, W) with the tokens of every window shifted by each probe's number, (R, P, W)."""
+        windows, none = ids.reshape(-1, self._tokens.window), -1
+        end = self._end(ids).reshape(-1, 1)
+        position = np.arange(self._tokens.window)
+        shift = np.broadcast_to(np.asarray(probes, dtype=np.int64), (len(windows), len(probes)))
         # positions are shifted, not ids, so that an end token inside the prompt is a token like any other
         order = host.token_shift(np.where(position == end, none, position), shift, none)
         order = np.where(order == none, end[:, None], order)
-        return np.take_along_axis(np.broadcast_to(ids[:, None], order.shape), order, axis=2)
+        shifted = np.take_along_axis(np.broadcast_to(windows[:, None], order.shape), order, axis=2)
+        apart = shifted.reshape(len(ids), len(self._pads), len(probes), self._tokens.window)
+        return np.swapaxes(apart, 1, 2).reshape(len(ids), len(probes), ids.shape[1])
 
     def _mask(self, ids: NDArray[np.int64]) -> NDArray[np.bool_]:
-        """The tokens that turn, bool (R, L); the begin token never does."""
-        position = np.arange(ids.shape[1])
-        end = self._end(ids)
-        last = {"tokens": end - 1, "tokens+eos": end, "tokens+eos+pad": np.full_like(end, ids.shape[1])}
-        return (position >= 1) & (position <= last[self._rotate])
+        """The rows that turn, bool (R, T): what any text encoder reads as a token, never the begin token."""
+        position = np.arange(self._tokens.window)
+        end = self._end(ids).max(1, keepdims=True)
+        last = {"tokens": end - 1, "tokens+eos": end, "tokens+eos+pad": np.full_like(end, len(position))}
+        mask = (position >= 1) & (position <= last[self._rotate])
+        return np.concatenate([mask, mask.any(1, keepdims=True)], 1) if self._pooled else mask
 
     def _start(self, request: Request, probes: range) -> Floats:
         """Starting latents (P, c, h, w): one draw for all, turned where latents are probed."""

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from safelight.engine.backends import Backend, Stage
 from safelight.engine.guidance import SafeCFG
+from safelight.engine.tokenizer import PromptTokenizer
 from safelight.errors import ShapeError
 from safelight.kernels import host
 from safelight.manifest import Manifest
@@ -68,6 +69,8 @@ class Sampler:
         self._encoder, self._unet = (backend.stage(graph) for graph in ("text_encoder", "unet"))
         self._decoder = PictureDecoder(backend.stage("vae_decoder"), manifest.picture.scaling_factor)
         self._schedule = manifest.schedule
+        second = manifest.second_text
+        self._from_zeros = second is not None and second.zeros
         self.solver: Solver = self._schedule.solver
         self._table = cache(self._schedule.plan)
 
@@ -83,9 +86,18 @@ class Sampler:
         return int(tensor.axes[-1])
 
     def encode(self, ids: NDArray[np.int64], *, deadline: float | None = None) -> Floats:
-        """Ids int64 (N, L) to prompt embeddings float32 (N, L, D)."""
+        """Ids int64 (N, W) to prompt embeddings float32 (N, L, D): the conditioning, one row of which is a
+        pooled embedding where the model has one. Here and below L counts that row.
+        """
         self._encoder.plan(batch=len(ids))
         return self._encoder.run({"input_ids": ids}, deadline=deadline)["last_hidden_state"].copy()
+
+    def free(self, tokenizer: PromptTokenizer) -> Floats:
+        """The negative branch of guidance without a negative prompt, (1, L, D): that of the empty prompt, or
+        zeros where the model was trained against these (diffusers' `force_zeros_for_empty_prompt`).
+        """
+        hidden = self.encode(tokenizer.encode("")[0][None])
+        return np.zeros_like(hidden) if self._from_zeros else hidden
 
     def check(self, trajectory: Trajectory) -> None:
         """Raises ValueError for a solver or a number of steps that this model's schedule does not have."""

@@ -4,6 +4,7 @@ The same normalisation, split and byte-pair merges as transformers' `CLIPTokeniz
 prompt included, since what is screened must be what the model would read.
 """
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,9 @@ from numpy.typing import NDArray
 from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers
 
 from safelight.containment import read_json
+from safelight.engine.bundle import Bundle
 from safelight.errors import BundleError
-from safelight.manifest import Tokens
+from safelight.manifest import SecondText, Tokens
 
 _WORDS = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 _BEGIN, _END = "<|startoftext|>", "<|endoftext|>"
@@ -22,19 +24,27 @@ MAX_CHARACTERS = 32_000  # far past any window; what lies beyond cannot reach th
 
 
 class PromptTokenizer:
-    """Text to a window of ids."""
+    """Text to a window of ids for each text encoder."""
 
-    def __init__(self, folder: Path, tokens: Tokens) -> None:
-        """`folder` as for `read_tokenizer`. Raises BundleError where it does not fit `tokens`."""
-        self._tokenizer, found = read_tokenizer(folder, tokens.window)
-        if found != tokens:
-            raise BundleError(f"{folder} gives {found}, its manifest {tokens}; export the bundle again")
-        self._tokens = tokens
+    def __init__(self, folder: Path, tokens: Tokens, second: SecondText | None = None) -> None:
+        """`folder` as for `read_tokenizer`, with one named `tokenizer_2` beside it where there is a `second`
+        text encoder. Raises BundleError where they do not fit.
+        """
+        places = {folder: tokens}
+        if second is not None:
+            places[folder.parent / "tokenizer_2"] = replace(tokens, pad=second.pad)
+        self._windows: list[tuple[Any, Tokens]] = []
+        for place, wanted in places.items():
+            tokenizer, found = read_tokenizer(place, wanted.window)
+            if found != wanted:
+                raise BundleError(f"{place} gives {found}, its manifest {wanted}; export the bundle again")
+            self._windows.append((tokenizer, found))
 
     def encode(self, text: str) -> tuple[NDArray[np.int64], int]:
-        """Ids int64 (L,), begun, ended and filled up to the window, and how many tokens did not fit.
+        """Ids int64 (W,), and how many tokens did not fit, at most, into a window.
 
-        Raises ValueError for text over 32,000 characters, or that is not valid Unicode.
+        W is L for each text encoder in turn, each window begun, ended and filled up. Raises ValueError for
+        text over 32,000 characters, or that is not valid Unicode.
         """
         if len(text) > MAX_CHARACTERS:
             raise ValueError(f"a prompt has at most {MAX_CHARACTERS} characters; got {len(text)}; shorten it")
@@ -44,12 +54,23 @@ class PromptTokenizer:
             raise ValueError(
                 f"a prompt must be valid Unicode text; got a lone surrogate at {fault.start}"
             ) from None
-        found = self._tokenizer.encode(text, add_special_tokens=False).ids
-        room = self._tokens.window - 2
-        kept = found[:room]
-        ids = np.full(self._tokens.window, self._tokens.pad, dtype=np.int64)
-        ids[: len(kept) + 2] = [self._tokens.bos, *kept, self._tokens.eos]
-        return ids, len(found) - len(kept)
+        windows = [_window(tokenizer, tokens, text) for tokenizer, tokens in self._windows]
+        return np.concatenate([ids for ids, _ in windows]), max(truncated for _, truncated in windows)
+
+
+def open_tokenizer(bundle: Bundle) -> PromptTokenizer:
+    """The tokenizer of a bundle. Raises BundleError where its files do not fit its manifest."""
+    manifest = bundle.manifest
+    return PromptTokenizer(bundle.folder / "tokenizer", manifest.tokens, manifest.second_text)
+
+
+def _window(tokenizer: Any, tokens: Tokens, text: str) -> tuple[NDArray[np.int64], int]:
+    """One encoder's ids int64 (L,), and how many tokens did not fit."""
+    found = tokenizer.encode(text, add_special_tokens=False).ids
+    kept = found[: tokens.window - 2]
+    ids = np.full(tokens.window, tokens.pad, dtype=np.int64)
+    ids[: len(kept) + 2] = [tokens.bos, *kept, tokens.eos]
+    return ids, len(found) - len(kept)
 
 
 def read_tokenizer(folder: Path, window: int) -> tuple[Any, Tokens]:

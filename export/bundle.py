@@ -15,9 +15,10 @@ from pathlib import Path
 from safelight.containment import digest, list_files, read_json
 from safelight.engine.bundle import SHIPPED, Bundle
 from safelight.engine.eager import Preprocessing, load_graph
-from safelight.engine.model_folder import ModelFolder
+from safelight.engine.model_folder import SECOND_TEXT, ModelFolder
 from safelight.engine.tokenizer import read_tokenizer
 from safelight.errors import BundleError, ExportError
+from safelight.export.assembly import read_record
 from safelight.export.graphs import OPSET, Sizes, signature, trace
 from safelight.export.guards import defences, optional_graphs
 from safelight.export.verify import compare
@@ -26,12 +27,14 @@ from safelight.manifest import (
     GRAPHS,
     PRECISIONS,
     REQUIRED_FILES,
+    SECOND_TOKENIZER,
     Checker,
     FileEntry,
     GraphEntry,
     Manifest,
     Picture,
     Row,
+    SecondText,
     Source,
     Tokens,
 )
@@ -39,8 +42,8 @@ from safelight.models.shapes import MODEL_FOLDER
 from safelight.new_folder import new_folder
 
 GUIDANCE_SCALE = 7.5  # diffusers' default; 1 is no guidance, for models that are distilled from it
-_VOCABULARY = ("tokenizer/vocab.json", "tokenizer/merges.txt")
-_OPTIONAL_FILES = ("tokenizer/special_tokens_map.json",)
+_VOCABULARY = ("vocab.json", "merges.txt")
+_OPTIONAL_FILE = "special_tokens_map.json"
 
 Progress = Callable[[str], None]
 
@@ -55,22 +58,28 @@ def export_bundle(
     *,
     precision: str = "fp16-weights",
     guidance_scale: float | None = None,
+    variant: str | None = None,
+    revision: str | None = None,
+    name: str | None = None,
     progress: Progress = _silent,
 ) -> Manifest:
     """Export, verify, and put the bundle in place; `progress` is told each step in a line.
 
     `fp16-weights` stores network weights in half precision and computes in float32. `guidance_scale` is the
-    full model's default; None is 1 for the turbo class and 7.5 otherwise. A latent checker and a redirector
-    become graphs where the folder holds them. Raises ValueError, BundleError for a model folder that cannot
-    be used, ExportError where a graph differs from the model, and SafelightError where the target holds
-    something.
+    full model's default; None is 1 for the turbo class and 7.5 otherwise. `variant` is that of the weights.
+    `name` and `revision` say in the manifest where the folder is from; its own record goes before. A latent
+    checker and a redirector become graphs where the folder holds them. Raises ValueError, BundleError for a
+    model folder that cannot be used, ExportError where a graph differs from the model, and SafelightError
+    where the target holds something.
     """
     if precision not in PRECISIONS:
         raise ValueError(f"precision must be one of {PRECISIONS}; got {precision!r}")
-    folder = ModelFolder.open(model)
-    scale = _guidance_scale(folder, guidance_scale)
+    folder = ModelFolder.open(model, variant)
+    scale, source = _guidance_scale(folder, guidance_scale), _source(folder, name, revision)
     with new_folder(bundle) as partial:
-        draft = _write(folder, partial, precision, scale, progress)
+        draft = _write(
+            folder, partial, precision=precision, guidance_scale=scale, source=source, progress=progress
+        )
         rows = []
         for row in compare(Bundle(partial, draft), folder):
             progress(f"{row.graph}: {row.shape}: largest error {row.max_abs_err:.1e}, allowed {row.tol:.1e}")
@@ -82,11 +91,17 @@ def export_bundle(
 
 
 def _write(
-    folder: ModelFolder, partial: Path, precision: str, guidance_scale: float, progress: Progress
+    folder: ModelFolder,
+    partial: Path,
+    *,
+    precision: str,
+    guidance_scale: float,
+    source: Source,
+    progress: Progress,
 ) -> Manifest:
     """Write every graph and configuration into `partial`; returns the manifest, not verified yet."""
     _copy_configurations(folder, partial)
-    tokens = _tokens(folder, partial)
+    tokens, second = _tokens(folder, partial)
     sizes = Sizes.read(folder, tokens.window)
     checker, one_step = _checker(folder, sizes), folder.one_step()
     names, done = (*GRAPHS, *optional_graphs(folder, sizes)), defences(folder)
@@ -100,7 +115,7 @@ def _write(
     return Manifest(
         files={name: _entry(partial / name) for name in list_files(partial)},
         graphs=graphs,
-        source=Source(_source_name(folder.path), None, folder.digests()),
+        source=source,
         precision=precision,
         opset=OPSET,
         scheduler=folder.config("scheduler"),
@@ -111,12 +126,13 @@ def _write(
         guidance_scale=guidance_scale,
         distilled=folder.has_one_step or _is_turbo(folder),
         defences=done,
+        second_text=second,
     )
 
 
 def _write_graph(folder: ModelFolder, partial: Path, name: str, *, sizes: Sizes, half: bool) -> GraphEntry:
     """Trace a graph and write it. What it takes in memory is free again when this returns."""
-    module = load_graph(folder.path, name)
+    module = load_graph(folder, name)
     check_finite(module, name)
     if half:
         round_to_half(module, name)
@@ -143,27 +159,26 @@ def _check_row(row: Row) -> None:
 
 
 def _copy_configurations(folder: ModelFolder, partial: Path) -> None:
-    for name in (*REQUIRED_FILES, *_OPTIONAL_FILES):
+    required = (*REQUIRED_FILES, *(SECOND_TOKENIZER if folder.is_paired else ()))
+    for name in (*required, *(f"{part}/{_OPTIONAL_FILE}" for part in folder.tokenizers)):
         source, target = folder.path / name, partial / name
         target.parent.mkdir(exist_ok=True)
         if source.is_file():
             shutil.copyfile(source, target)
-        elif name in _VOCABULARY:
-            target.write_text(_vocabulary_file(folder, name), encoding="utf-8")
-        elif name not in _OPTIONAL_FILES:
+        elif source.name in _VOCABULARY:
+            target.write_text(_vocabulary_file(source), encoding="utf-8")
+        elif source.name != _OPTIONAL_FILE:
             raise BundleError(f"{source} is missing; save the model again")
 
 
-def _vocabulary_file(folder: ModelFolder, name: str) -> str:
+def _vocabulary_file(wanted: Path) -> str:
     """vocab.json or merges.txt out of tokenizer.json, the one file that newer transformers save."""
-    whole = folder.path / "tokenizer" / "tokenizer.json"
+    whole = wanted.with_name("tokenizer.json")
     if not whole.is_file():
-        raise BundleError(
-            f"{folder.path / name} is missing, and so is {whole.name}; save the tokenizer again"
-        )
+        raise BundleError(f"{wanted} is missing, and so is {whole.name}; save the tokenizer again")
     try:
         model = read_json(whole)["model"]
-        if name.endswith(".json"):
+        if wanted.suffix == ".json":
             return json.dumps(model["vocab"], ensure_ascii=False)
         merges = (merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"])
         return "\n".join(["#version: 0.2", *merges]) + "\n"
@@ -177,9 +192,19 @@ def _entry(path: Path) -> FileEntry:
     return FileEntry(digest(path), path.stat().st_size)
 
 
-def _source_name(model: Path) -> str:
-    """The folder's name; `shapes` for the weights in the repository, which is what their bundle is called."""
-    return SHIPPED if model.resolve() == MODEL_FOLDER.resolve() else model.resolve().name
+def _source(folder: ModelFolder, name: str | None, revision: str | None) -> Source:
+    """Where the folder is from: as its record says, or as told. `shapes` is what the weights in the
+    repository are called.
+    """
+    record = read_record(folder.path)
+    own = SHIPPED if folder.path.resolve() == MODEL_FOLDER.resolve() else folder.path.resolve().name
+    changes = record.get("changes")
+    return Source(
+        record.get("name") or name or own,
+        record.get("revision") or revision,
+        folder.digests(),
+        tuple(changes) if changes else None,
+    )
 
 
 def _is_turbo(folder: ModelFolder) -> bool:
@@ -198,10 +223,26 @@ def _guidance_scale(folder: ModelFolder, asked: float | None) -> float:
     return float(asked)
 
 
-def _tokens(folder: ModelFolder, partial: Path) -> Tokens:
-    """The window and the special tokens, by the tokenizer's files. Raises BundleError where one is absent."""
-    place = partial / "tokenizer"
-    longest = int(folder.config("text_encoder")["max_position_embeddings"])
+def _tokens(folder: ModelFolder, partial: Path) -> tuple[Tokens, SecondText | None]:
+    """The window and the special tokens, by the tokenizers' files. Raises BundleError where one is absent,
+    and where two text encoders do not read windows of one form.
+    """
+    texts = dict(zip(folder.tokenizers, ("text_encoder", SECOND_TEXT), strict=False))
+    first, *others = (_window(folder, partial / place, text) for place, text in texts.items())
+    if not others:
+        return first, None
+    (second,) = others
+    if replace(second, pad=first.pad) != first:
+        raise BundleError(
+            f"{folder.path / 'tokenizer_2'} gives {second}, the first one {first}, which may differ in what "
+            "fills the window alone; take all parts from one model of the SDXL class"
+        )
+    zeros = bool(folder.index.get("force_zeros_for_empty_prompt", True))
+    return first, SecondText(second.pad, folder.pooled(), zeros)
+
+
+def _window(folder: ModelFolder, place: Path, text: str) -> Tokens:
+    longest = int(folder.config(text)["max_position_embeddings"])
     window = min(int(read_json(place / "tokenizer_config.json").get("model_max_length") or longest), longest)
     return read_tokenizer(place, window)[1]
 

@@ -14,7 +14,7 @@ from onnx_ir.passes.common import ClearMetadataAndDocStringPass, RemoveUnusedOps
 from torch import Tensor, nn
 
 from safelight.engine.eager import Preprocessing
-from safelight.engine.model_folder import ModelFolder
+from safelight.engine.model_folder import SECOND_TEXT, ModelFolder
 from safelight.errors import BundleError, ExportError
 from safelight.manifest import TensorSpec
 
@@ -24,12 +24,15 @@ TRACED = {"batch": 2, "requests": 2, "probes": 3}  # 0 and 1 would be baked into
 
 @dataclass(frozen=True, slots=True)
 class Sizes:
-    """Lengths that a model folder fixes: tokens and their width, latents (c, h, w), the edges of the picture
-    and of the checker's input in px, concepts, special-care concepts, and the width of image embeddings.
+    """Lengths that a model folder fixes: token ids of all text encoders, rows of the conditioning that they
+    make and its width, the width of the pooled embedding, latents (c, h, w), the edges of the picture and of
+    the checker's input in px, concepts, special-care concepts, and the width of image embeddings.
     """
 
-    window: int
+    ids: int
+    rows: int
     width: int
+    pooled: int
     latents: tuple[int, int, int]
     picture: int
     checker: int
@@ -42,24 +45,33 @@ class Sizes:
         """From the configurations and the checker's tensors. Raises BundleError where the parts do not fit
         together.
         """
-        width, edge = _whole(folder, "text_encoder", "hidden_size"), _whole(folder, "unet", "sample_size")
-        channels = _whole(folder, "unet", "in_channels")
+        texts = ("text_encoder", SECOND_TEXT) if folder.is_paired else ("text_encoder",)
+        widths = [folder.whole(part, "hidden_size") for part in texts]
+        width, added = sum(widths), folder.pooled()
+        edge, channels = folder.whole("unet", "sample_size"), folder.whole("unet", "in_channels")
         for part, key, wanted in (
             ("unet", "cross_attention_dim", width),
             ("vae", "latent_channels", channels),
         ):
-            if (got := _whole(folder, part, key)) != wanted:
+            if (got := folder.whole(part, key)) != wanted:
                 raise BundleError(
                     f"{folder.path / part}/config.json: {key} must be {wanted}; got {got}; take all parts "
                     "from one model"
                 )
+        if added > width:
+            raise BundleError(
+                f"{folder.path / SECOND_TEXT}/config.json: projection_dim {added} exceeds the width {width} "
+                "of the hidden states, beside which it travels; use a model of the SDXL class"
+            )
         concepts, embedding = folder.shape("safety_checker", "concept_embeds")
         special, _ = folder.shape("safety_checker", "special_care_embeds")
         return cls(
-            window=window,
+            ids=window * len(texts),
+            rows=window + bool(added),
             width=width,
+            pooled=added or width,
             latents=(channels, edge, edge),
-            picture=edge * 2 ** (len(folder.config("vae").get("block_out_channels", ())) - 1),
+            picture=folder.picture(),
             checker=Preprocessing.read(folder).size,
             concepts=concepts,
             special=special,
@@ -67,27 +79,17 @@ class Sizes:
         )
 
 
-def _whole(folder: ModelFolder, part: str, key: str) -> int:
-    value = folder.config(part).get(key)
-    if not isinstance(value, int):
-        raise BundleError(
-            f"{folder.path / part}/config.json: {key} must be one whole number; got {value!r}; use a model "
-            "of square pictures of one size"
-        )
-    return value
-
-
 Tensors = tuple[TensorSpec, ...]
 
 
 def signature(graph: str, sizes: Sizes) -> tuple[Tensors, Tensors]:
     """Inputs and outputs of a graph, in the order of its eager module's `forward`."""
-    tokens, edge = (sizes.window, sizes.width), sizes.picture
+    tokens, edge = (sizes.rows, sizes.width), sizes.picture
     picture, clip = (3, edge, edge), (3, sizes.checker, sizes.checker)
     every: dict[str, tuple[Tensors, Tensors]] = {
         "text_encoder": (
-            (TensorSpec("input_ids", "int64", ("batch", sizes.window)),),
-            (_float("last_hidden_state", "batch", *tokens), _float("pooler_output", "batch", sizes.width)),
+            (TensorSpec("input_ids", "int64", ("batch", sizes.ids)),),
+            (_float("last_hidden_state", "batch", *tokens), _float("pooler_output", "batch", sizes.pooled)),
         ),
         "unet": (
             (
@@ -132,8 +134,8 @@ def _detector(sizes: Sizes, tokens: tuple[int, int], shown: TensorSpec) -> tuple
     """A detector's tensors; `shown` is what its checker looked at."""
     probe = ("requests", "probes")
     inputs = (
-        TensorSpec("input_ids", "int64", ("requests", sizes.window)),
-        TensorSpec("rotate_mask", "bool", ("requests", sizes.window)),
+        TensorSpec("input_ids", "int64", ("requests", sizes.ids)),
+        TensorSpec("rotate_mask", "bool", ("requests", sizes.rows)),
         _float("prompt_u", *probe, *tokens),
         _float("prompt_v", *probe, *tokens),
         _float("angle", *probe),

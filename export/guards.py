@@ -22,7 +22,7 @@ def optional_graphs(folder: ModelFolder, sizes: Sizes) -> tuple[str, ...]:
     channels, edge, _ = sizes.latents
     wanted: dict[str, dict[str, int]] = {
         "latent_checker": {"in_channels": channels, "sample_size": edge, "concepts": sizes.concepts},
-        "redirector": {"width": sizes.width, "window": sizes.window},
+        "redirector": {"width": sizes.width, "window": sizes.rows},
     }
     for part, lengths in wanted.items():
         config = folder.config(part) if folder.has(part) else lengths

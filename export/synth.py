@@ -7,9 +7,8 @@ concept.
 """
 
 import json
-import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +33,7 @@ class Architecture:
     projection: int = 768
     pad: str | None = None
     one_step: bool = False  # a second UNet, beside the full one
-    second_text: Mapping[str, Any] | None = None  # the SDXL class, configuration only
+    second_text: Mapping[str, Any] | None = None  # the SDXL class, which has no checker of its own
 
 
 _SD_VAE = {
@@ -86,6 +85,7 @@ _VIT_L_VISION = {
 }
 _SCALED = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}
 _TURBO = ("EulerDiscreteScheduler", _SCALED | {"timestep_spacing": "trailing"})
+_ANCESTRAL = ("EulerAncestralDiscreteScheduler", _SCALED | {"timestep_spacing": "trailing"})
 _TINY = Architecture(
     text={
         "vocab_size": 720,
@@ -137,6 +137,25 @@ _TINY = Architecture(
     projection=64,
     one_step=True,
 )
+_TINY_XL = Architecture(  # widths that differ wherever they may
+    text=dict(_TINY.text) | {"hidden_act": "quick_gelu"},
+    unet=dict(_TINY.unet)
+    | {
+        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
+        "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
+        "transformer_layers_per_block": (1, 2),
+        "attention_head_dim": (3, 6),
+        "cross_attention_dim": 160,
+        "use_linear_projection": True,
+        "addition_embed_type": "text_time",
+        "addition_time_embed_dim": 16,
+        "projection_class_embeddings_input_dim": 176,
+    },
+    vae=dict(_TINY.vae) | {"scaling_factor": 0.13025},
+    vision=_TINY.vision,
+    scheduler=("EulerDiscreteScheduler", _SCALED | {"timestep_spacing": "leading"}),
+    second_text=dict(_TINY.text) | {"hidden_size": 96, "projection_dim": 80},
+)
 _SD15 = Architecture(
     text=_VIT_L_TEXT,
     unet=_SD_BLOCKS | {"sample_size": 64, "cross_attention_dim": 768, "attention_head_dim": 8},
@@ -144,6 +163,7 @@ _SD15 = Architecture(
     vision=_VIT_L_VISION,
     scheduler=("PNDMScheduler", _SCALED | {"skip_prk_steps": True, "set_alpha_to_one": False}),
 )
+TINY_AUTOENCODER = "taesd"
 ARCHITECTURES: dict[str, Architecture] = {
     "sd15": _SD15,
     "sd21": Architecture(
@@ -183,11 +203,13 @@ ARCHITECTURES: dict[str, Architecture] = {
         },
         vae=_SD_VAE | {"scaling_factor": 0.13025},
         vision=_VIT_L_VISION,
-        scheduler=("EulerAncestralDiscreteScheduler", _SCALED | {"timestep_spacing": "trailing"}),
+        scheduler=_ANCESTRAL,
         second_text=_VIT_H_TEXT
         | {"hidden_size": 1280, "intermediate_size": 5120, "num_hidden_layers": 32, "num_attention_heads": 20}
         | {"projection_dim": 1280},
     ),
+    "tiny-sdxl": _TINY_XL,
+    "tiny-sdxl-turbo": replace(_TINY_XL, scheduler=_ANCESTRAL),
     "tiny-sd": _TINY,
     "tiny-sd-turbo": Architecture(
         text=_TINY.text,
@@ -204,12 +226,20 @@ ARCHITECTURES: dict[str, Architecture] = {
 def synth(name: str, folder: Path, *, seed: int = 0) -> Path:
     """Write the model folder of an architecture, float16 safetensors, whole or not at all; returns `folder`.
 
-    Raises ValueError for an unknown name and SafelightError where `folder` holds something already.
+    `taesd` is no model, but the tiny autoencoder that may take the place of one's own. Raises ValueError for
+    an unknown name and SafelightError where `folder` holds something already.
     """
-    if name not in ARCHITECTURES:
-        raise ValueError(f"architecture must be one of {sorted(ARCHITECTURES)}; got {name!r}")
+    if name not in (known := sorted((*ARCHITECTURES, TINY_AUTOENCODER))):
+        raise ValueError(f"architecture must be one of {known}; got {name!r}")
     with new_folder(folder) as partial:
-        _write(name, ARCHITECTURES[name], partial, seed)
+        if name == TINY_AUTOENCODER:
+            from diffusers import AutoencoderTiny
+
+            with torch.device("meta"):
+                network = AutoencoderTiny()
+            _save(network, partial, name, seed)
+        else:
+            _write(name, ARCHITECTURES[name], partial, seed)
     return folder
 
 
@@ -220,15 +250,21 @@ def _write(name: str, made: Architecture, folder: Path, seed: int) -> None:
     pad = write_tokenizer(
         folder / "tokenizer", text.vocab_size, window=text.max_position_embeddings, pad=made.pad
     )
-    text.bos_token_id, text.eos_token_id, text.pad_token_id = text.vocab_size - 2, text.vocab_size - 1, pad
+    _name_tokens(text, pad)
+    if made.second_text is not None:
+        write_tokenizer(folder / "tokenizer_2", text.vocab_size, window=text.max_position_embeddings, pad="!")
     small = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 1}
     checker = CLIPConfig(text_config=small, vision_config=dict(made.vision), projection_dim=made.projection)
     for part, build in _builders(made, text, checker).items():
         with torch.device("meta"):
             network = build()
-        _save(network, folder / part, f"{name}/{part}", seed, weights=made.second_text is None)
+        _save(network, folder / part, f"{name}/{part}", seed)
         del network
     _write_configurations(made, folder)
+
+
+def _name_tokens(text: Any, pad: int) -> None:
+    text.bos_token_id, text.eos_token_id, text.pad_token_id = text.vocab_size - 2, text.vocab_size - 1, pad
 
 
 def _builders(made: Architecture, text: Any, checker: Any) -> dict[str, Any]:
@@ -245,17 +281,18 @@ def _builders(made: Architecture, text: Any, checker: Any) -> dict[str, Any]:
         builders["unet_one_step"] = builders["unet"]
     if made.second_text is not None:
         second = CLIPTextConfig(**made.second_text)
+        _name_tokens(second, 0)
         builders["text_encoder_2"] = lambda: CLIPTextModelWithProjection(second)
     else:
         builders["safety_checker"] = lambda: StableDiffusionSafetyChecker(checker)
     return builders
 
 
-def _save(network: Any, folder: Path, label: str, seed: int, *, weights: bool) -> None:
-    """The configuration and, where asked for, float16 weights drawn for each tensor by its name."""
+def _save(network: Any, folder: Path, label: str, seed: int) -> None:
+    """The configuration, and float16 weights drawn for each tensor by its name."""
     from safetensors.torch import save_file
 
-    folder.mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=True)
     if hasattr(network, "to_json_string"):  # diffusers
         network.save_config(folder)
         file = "diffusion_pytorch_model.safetensors"
@@ -264,10 +301,9 @@ def _save(network: Any, folder: Path, label: str, seed: int, *, weights: bool) -
         network.config.dtype = torch.float16
         network.config.save_pretrained(folder)
         file = "model.safetensors"
-    if weights:
-        generator = torch.Generator().manual_seed(seed + sum(label.encode()))
-        drawn = {key: _draw(key, value.shape, generator) for key, value in network.state_dict().items()}
-        save_file(drawn, folder / file, metadata={"format": "pt"})
+    generator = torch.Generator().manual_seed(seed + sum(label.encode()))
+    drawn = {key: _draw(key, value.shape, generator) for key, value in network.state_dict().items()}
+    save_file(drawn, folder / file, metadata={"format": "pt"})
 
 
 def _draw(name: str, shape: torch.Size, generator: torch.Generator) -> Tensor:
@@ -303,7 +339,7 @@ def _write_configurations(made: Architecture, folder: Path) -> None:
         index["_class_name"] = "StableDiffusionXLPipeline"
         index["text_encoder_2"] = ["transformers", "CLIPTextModelWithProjection"]
         index["tokenizer_2"] = ["transformers", "CLIPTokenizer"]
-        shutil.copytree(folder / "tokenizer", folder / "tokenizer_2")
+        index["force_zeros_for_empty_prompt"] = True
         del index["requires_safety_checker"]
     else:
         index["safety_checker"] = ["stable_diffusion", "StableDiffusionSafetyChecker"]

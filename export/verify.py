@@ -19,10 +19,11 @@ from safelight.engine.backends import Array, Stage, open_backend, shape_of
 from safelight.engine.bundle import SHIPPED, Bundle, open_bundle
 from safelight.engine.eager import load_graph
 from safelight.engine.model_folder import ModelFolder
+from safelight.engine.model_source import locate_model
 from safelight.errors import BundleError, ExportError, SafelightError
 from safelight.export.weights import round_to_half
 from safelight.kernels.reference import concept_margins
-from safelight.manifest import GRAPHS, OPTIONAL_GRAPHS, GraphEntry, Manifest, Row
+from safelight.manifest import GRAPHS, OPTIONAL_GRAPHS, GraphEntry, Manifest, Row, Source
 from safelight.models.shapes import MODEL_FOLDER
 
 # Largest accepted differences. The single networks are float32 in both bodies and differ by the order of
@@ -78,26 +79,39 @@ def cases(graph: str, *, large: bool) -> tuple[Case, ...]:
 def verify_bundle(bundle: Path, model: Path | None) -> tuple[Row, ...]:
     """Compare every graph with the model folder that the bundle was made from.
 
-    None is the folder of the name that the manifest gives. Raises BundleError where the bundle was altered,
-    or the folder is not the one.
+    None is the folder of the name that the manifest gives, or the hub's commit. Raises BundleError where the
+    bundle was altered, or the folder is not the one.
     """
     opened = open_bundle(bundle)
     source = opened.manifest.source
-    folder = ModelFolder.open(model or _folder_of(source.name, bundle))
+    folder = ModelFolder.open(model or _folder_of(source, bundle), source.variant)
     found = folder.digests()
     for name in sorted({*found, *source.weights}):
         if found.get(name) != source.weights.get(name):
             raise BundleError(
                 f"{folder.path / name} is not what {bundle} was made from; name the right folder with --model"
+                f"{_how(source)}"
             )
     return tuple(compare(opened, folder))
 
 
-def _folder_of(name: str, bundle: Path) -> Path:
-    for path in (MODEL_FOLDER,) if name == SHIPPED else (Path(name),):
-        if path.is_dir():
+def _folder_of(source: Source, bundle: Path) -> Path:
+    if source.revision is not None and not source.changes:
+        return locate_model(source.name, revision=source.revision, variant=source.variant).path
+    for path in (MODEL_FOLDER,) if source.name == SHIPPED else (Path(source.name),):
+        if path.is_dir() and not source.changes:
             return path
-    raise BundleError(f"{bundle} was made from {name!r}, which is no folder here; name it with --model DIR")
+    raise BundleError(
+        f"{bundle} was made from {source.name!r}, which is no folder here; name it with --model DIR"
+        f"{_how(source)}"
+    )
+
+
+def _how(source: Source) -> str:
+    """What else must be said of a folder that was put together."""
+    if not source.changes:
+        return ""
+    return f" (it was put together with {'; '.join(source.changes)}: export with --keep-model DIR keeps it)"
 
 
 def compare(bundle: Bundle, folder: ModelFolder) -> Iterator[Row]:
@@ -113,7 +127,7 @@ def _compare_graph(
 ) -> Iterator[Row]:
     entry = bundle.manifest.graphs[graph]
     inputs = [draw(entry, bundle.manifest, case) for case in wanted]
-    module = load_graph(folder.path, graph)
+    module = load_graph(folder, graph)
     if bundle.manifest.precision == "fp16-weights":
         round_to_half(module, graph)
     truths = [_run_eager(module, entry, given) for given in inputs]
@@ -149,11 +163,15 @@ def draw(entry: GraphEntry, manifest: Manifest, case: Case) -> dict[str, Array]:
         if spec.name == "input_ids":
             real = rng.integers(1, tokens.window - 1, size=(shape[0], 1))  # tokens between first and end
             place = np.arange(tokens.window)[None]
-            ids = rng.integers(0, max(tokens.bos, tokens.eos) + 1, size=shape)
+            ids = rng.integers(0, max(tokens.bos, tokens.eos) + 1, size=(shape[0], tokens.window))
             ids = np.where(place > real, tokens.pad, ids)
             ids[:, 0] = tokens.bos
             np.put_along_axis(ids, real + 1, tokens.eos, 1)
-            inputs["input_ids"], inputs["rotate_mask"] = ids, (place >= 1) & (place <= real)
+            mask = (place >= 1) & (place <= real)
+            if second := manifest.second_text:
+                ids = np.concatenate([ids, np.where(place > real + 1, second.pad, ids)], 1)
+                mask = np.pad(mask, ((0, 0), (0, 1)), constant_values=True)  # the pooled embedding turns too
+            inputs["input_ids"], inputs["rotate_mask"] = ids, mask
         elif spec.name == "need":
             most = case.axes["probes"] + 1  # more than there are: not blocked
             inputs["need"] = rng.integers(1, most + 1, size=shape)

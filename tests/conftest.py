@@ -163,3 +163,29 @@ def _bring_back(here: Any, there: Any) -> None:
     for own, written in pairs:
         if isinstance(own, torch.Tensor):
             own.copy_(written.cpu())
+
+
+@pytest.fixture(scope="session")
+def paired_model(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model folder of the SDXL-Turbo class, tiny, with the checker of `tiny_model`. Copy it before changing
+    it.
+    """
+    from safelight.engine.model_source import ModelSource
+    from safelight.export.assembly import Changes, assembled
+    from safelight.export.synth import synth
+
+    place = tmp_path_factory.mktemp("models")
+    source = ModelSource(synth("tiny-sdxl-turbo", place / "xl"), "xl")
+    changes = Changes(checker=ModelSource(tiny_model, "tiny-sd"))
+    with assembled(source, changes, beside=place / "bundle", keep=place / "paired") as folder:
+        return folder
+
+
+@pytest.fixture(scope="session")
+def paired_bundle(paired_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The bundle of `paired_model`. Copy it before changing it."""
+    from safelight.export.bundle import export_bundle
+
+    bundle = tmp_path_factory.mktemp("bundles") / "paired"
+    export_bundle(paired_model, bundle)
+    return bundle

@@ -244,6 +244,30 @@ def test_weights_that_are_not_finite_are_refused(
     assert list(tmp_path.iterdir()) == [model]
 
 
+@pytest.mark.usefixtures("few")
+@pytest.mark.parametrize("value", [float("nan"), 3e38])
+def test_a_graph_whose_values_are_not_finite_is_not_written(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, value: float
+) -> None:
+    """Weights that verification alone sees: NaN that the check of the weights missed, and a finite one that
+    overflows on its way.
+    """
+    monkeypatch.setattr(exporting, "GRAPHS", FEW[:1])
+    if value != value:
+        monkeypatch.setattr(exporting, "check_finite", lambda *_: None)
+    model = copy_of(tiny_model, tmp_path)
+
+    def spoil(tensors: dict[str, torch.Tensor]) -> None:
+        tensors.update({key: tensor.float() for key, tensor in tensors.items()})
+        tensors["final_layer_norm.weight"][-1] = value
+
+    change(model, "text_encoder/model.safetensors", spoil)
+    arguments = ["export", str(model), str(tmp_path / "bundle"), "--precision", "fp32"]
+    result = CliRunner().invoke(main, arguments)
+    assert result.exit_code == 2 and list(tmp_path.iterdir()) == [model]
+    assert "text_encoder at batch 1 gives values that are not finite; nothing was written" in result.stderr
+
+
 def test_a_target_that_holds_something_is_left_alone(tiny_model: Path, tmp_path: Path) -> None:
     (tmp_path / "folder").mkdir()
     for taken in (tmp_path / "folder" / "note.txt", tmp_path / "file"):
@@ -259,7 +283,11 @@ def test_a_target_that_holds_something_is_left_alone(tiny_model: Path, tmp_path:
     ("file", "changes", "message"),
     [
         ("model_index.json", {"safety_checker": [None, None]}, "names no safety_checker, and nothing runs"),
-        ("model_index.json", {"_class_name": "StableDiffusionXLPipeline"}, "SDXL class .* are not supported"),
+        (
+            "model_index.json",
+            {"_class_name": "StableDiffusionXLPipeline"},
+            "lacks a text_encoder_2; use a whole",
+        ),
         (
             "tokenizer/special_tokens_map.json",
             {"eos_token": "<end>"},

@@ -34,7 +34,7 @@ def unread(monkeypatch: pytest.MonkeyPatch) -> None:
     def read(*args: object, **named: object) -> None:
         raise RuntimeError("a weight was read before the folder was checked")
 
-    monkeypatch.setattr("safelight.engine.model_folder._class_of", read)
+    monkeypatch.setattr("safelight.engine.model_folder.class_of", read)
 
 
 def edit(path: Path, **changes: object) -> None:
@@ -148,13 +148,31 @@ class TestBeforeAnyWeightIsRead:
         edit(model / file, nested={"deep": [{key: "evil.py"}]})
         refused(model, str(model / file), repr(key), "remove the key")
 
-    def test_sdxl(self, model):
+    def test_half_of_the_sdxl_class(self, model):
         edit(model / INDEX, _class_name="StableDiffusionXLPipeline")
-        refused(model, str(model / INDEX), "SDXL", "not supported yet")
+        refused(model, str(model / INDEX), "StableDiffusionXLPipeline lacks a text_encoder_2", "a refiner is")
 
-    def test_two_text_encoders(self, model):
+    def test_two_text_encoders_of_another_class(self, model):
         edit(model / INDEX, text_encoder_2=["transformers", "CLIPTextModelWithProjection"])
-        refused(model, str(model / INDEX), "two text encoders")
+        refused(model, str(model / INDEX), "StableDiffusionPipeline has a text_encoder_2")
+
+    def test_an_index_that_lists_what_lies_elsewhere(self, model):
+        (file,) = (model / "unet").glob("*.safetensors")
+        file.rename(model / file.name)
+        index = model / "unet" / f"{file.name}.index.json"
+        for table in ({"a": f"../{file.name}"}, {"a": file.name}, {"a": 1}, None):
+            index.write_text(json.dumps({"weight_map": table}))
+            refused(model, str(index), "save the model again")
+
+    def test_two_sets_of_weights(self, model):
+        (file,) = (model / "unet").glob("*.safetensors")
+        (model / "unet" / f"{file.name}.index.json").write_text(json.dumps({"weight_map": {"a": file.name}}))
+        refused(model, str(model / "unet"), "two sets of weights; delete one of them")
+
+    def test_weights_of_another_name_are_not_looked_at(self, model):
+        (file,) = (model / "unet").glob("*.safetensors")
+        file.rename(file.with_name("diffusion_pytorch_model.non_ema.safetensors"))
+        refused(model, f"{model / 'unet'} holds no .safetensors file")
 
 
 def test_a_model_without_a_student_has_one_unet(model):

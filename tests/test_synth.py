@@ -33,7 +33,7 @@ def count_parameters(network: torch.nn.Module) -> int:
 
 
 TINY = ("tiny-sd", "tiny-sd-turbo")
-REAL = tuple(name for name in ARCHITECTURES if name not in TINY)
+REAL = tuple(name for name in ARCHITECTURES if not name.startswith("tiny-"))
 
 CLIP_L = {
     "vocab_size": 49408,
@@ -273,14 +273,28 @@ def test_all_weights_are_float16_and_small_enough_to_be_finite(tiny_model):
             assert value.dtype == torch.float16 and torch.isfinite(value).all()
 
 
-def test_the_sdxl_class_is_written_as_configurations_and_refused_by_the_engine(tmp_path):
+def test_the_sdxl_class_has_two_text_encoders_and_no_checker(tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "_draw", lambda *_: torch.zeros(1))  # its weights are 7 GB
     folder = synth("sdxl-turbo", tmp_path / "xl")
-    assert not list(folder.rglob("*.safetensors"))
     assert {path.name for path in folder.iterdir() if path.is_dir()} == {
         *("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "unet", "vae", "scheduler")
     }
-    with pytest.raises(BundleError, match="SDXL"):
+    pads = [json.loads((folder / part / "tokenizer_config.json").read_text())["pad_token"] for part in PARTS]
+    assert pads == [EOS, "!"]
+    with pytest.raises(BundleError, match="names no safety_checker"):
         ModelFolder.open(folder)
+
+
+PARTS = ("tokenizer", "tokenizer_2")
+
+
+def test_a_tiny_autoencoder_is_that_of_taesd(tmp_path):
+    folder = synth("taesd", tmp_path / "taesd")
+    assert {path.name for path in folder.iterdir()} == {"config.json", "diffusion_pytorch_model.safetensors"}
+    network = diffusers.AutoencoderTiny.from_pretrained(folder)
+    assert count_parameters(network.decoder) == 1_222_531 and network.config.scaling_factor == 1.0
+    picture = network.decode(torch.randn(1, 4, 8, 8)).sample
+    assert picture.shape == (1, 3, 64, 64) and torch.isfinite(picture).all() and picture.std() > 0.05
 
 
 def test_an_unknown_name_is_refused_with_the_known_ones(tmp_path):

@@ -26,7 +26,7 @@ from safelight.engine.full_model import FullModel
 from safelight.engine.looks import Looks
 from safelight.engine.neighbourhood import Neighbourhood, Request
 from safelight.engine.tally import Tally, resolve
-from safelight.engine.tokenizer import PromptTokenizer
+from safelight.engine.tokenizer import open_tokenizer
 from safelight.probe import ProbeConfig, ProbeKind
 from safelight.verdict import Verdict
 
@@ -109,7 +109,7 @@ class HiddenScreen:
         """
         if probe.kind is ProbeKind.TOKEN_SHIFT:
             raise ValueError("given embeddings have no tokens to shift; probe with spherical or circular")
-        self._tokenizer = PromptTokenizer(bundle.folder / "tokenizer", bundle.manifest.tokens)
+        self._tokenizer = open_tokenizer(bundle)
         self._probe, self._bundle = probe, bundle
         self._model: Any
         if kind == "full":

@@ -26,7 +26,7 @@ from safelight.engine.detect import Detector
 from safelight.engine.guidance import Redirection, SafeCFG
 from safelight.engine.looks import PictureChecker
 from safelight.engine.sampler import Sampler, Trajectory
-from safelight.engine.tokenizer import PromptTokenizer
+from safelight.engine.tokenizer import open_tokenizer
 from safelight.kernels.philox import Stream, normals
 from safelight.verdict import Verdict
 
@@ -69,10 +69,10 @@ class Served:
         self._settings, self._folder = settings, model
         manifest = bundle.manifest
         self._backend = CountingBackend(open_backend("onnxruntime", bundle, threads=threads))
-        self._tokenizer = PromptTokenizer(bundle.folder / "tokenizer", manifest.tokens)
+        self._tokenizer = open_tokenizer(bundle)
         self._sampler = Sampler(self._backend, manifest)
         self._sampler.check(settings.trajectory)
-        self._free = self._sampler.encode(self._tokenizer.encode("")[0][None])
+        self._free = self._sampler.free(self._tokenizer)
         self._checker = PictureChecker(self._backend.stage("safety_checker"), manifest.checker)
         self._redirection = Redirection(self._backend.stage("redirector")) if system.redirector else None
         self._steps = settings.probe_steps if system.detector == "full" else 1

@@ -94,7 +94,8 @@ class TorchBackend:
         spec = self._bundle.manifest.graphs.get(graph)
         if spec is None:
             raise BundleError(f"{self._bundle.folder} has no {graph}; export a bundle that holds it")
-        return TorchStage(load_graph(self._model, graph), spec, self._threads)
+        variant = self._bundle.manifest.source.variant
+        return TorchStage(load_graph(ModelFolder.open(self._model, variant), graph), spec, self._threads)
 
 
 def open_backend(bundle: Bundle, *, model: Path | None, threads: int | None) -> TorchBackend:
@@ -107,7 +108,7 @@ def open_backend(bundle: Bundle, *, model: Path | None, threads: int | None) -> 
             f"name it with "
             "model= or --model"
         )
-    opened = ModelFolder.open(folder)
+    opened = ModelFolder.open(folder, source.variant)
     found = opened.digests()
     names = {*found, *source.weights}
     if odd := sorted(name for name in names if found.get(name) != source.weights.get(name)):

@@ -27,15 +27,18 @@ CODE = frozenset(
     {".pkl", ".pickle", ".pt", ".pth", ".bin", ".ckpt", ".joblib", ".npy", ".npz", ".py", ".so", ".dll"}
 )
 
+_TOKENIZERS = frozenset({"CLIPTokenizer", "CLIPTokenizerFast", "TokenizersBackend"})
 CLASSES = {
-    "pipeline": frozenset({"StableDiffusionPipeline"}),
+    "pipeline": frozenset({"StableDiffusionPipeline", "StableDiffusionXLPipeline"}),
     "unet": frozenset({"UNet2DConditionModel"}),
-    "vae": frozenset({"AutoencoderKL"}),
+    "vae": frozenset({"AutoencoderKL", "AutoencoderTiny"}),
     "text_encoder": frozenset({"CLIPTextModel"}),
+    "text_encoder_2": frozenset({"CLIPTextModelWithProjection"}),
     "safety_checker": frozenset({"StableDiffusionSafetyChecker"}),
     "latent_checker": frozenset({"LatentChecker"}),
     "redirector": frozenset({"Redirector"}),
-    "tokenizer": frozenset({"CLIPTokenizer", "CLIPTokenizerFast", "TokenizersBackend"}),
+    "tokenizer": _TOKENIZERS,
+    "tokenizer_2": _TOKENIZERS,
     "feature_extractor": frozenset(
         {"CLIPImageProcessor", "CLIPImageProcessorFast", "CLIPImageProcessorPil", "CLIPFeatureExtractor"}
     ),

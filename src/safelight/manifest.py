@@ -48,6 +48,9 @@ REQUIRED_FILES = (
     "scheduler/scheduler_config.json",
     "feature_extractor/preprocessor_config.json",
 )
+SECOND_TOKENIZER = tuple(
+    name.replace("tokenizer/", "tokenizer_2/") for name in REQUIRED_FILES if name.startswith("tokenizer/")
+)
 PRECISIONS = ("fp16-weights", "fp32")
 ROTATED = ("tokens", "tokens+eos", "tokens+eos+pad")
 DTYPES = ("float32", "float16", "int64", "int32", "bool", "uint8")
@@ -98,11 +101,19 @@ class GraphEntry:
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """The model folder: its name, its revision where known, and the SHA-256 of each weights file."""
+    """The model folder: its name, its revision where known, the SHA-256 of each weights file, and what was
+    changed when it was put together, such as "lora: ink.safetensors at 0.8"; None where nothing was.
+    """
 
     name: str
     revision: str | None
     weights: Mapping[str, str]
+    changes: tuple[str, ...] | None = optional()
+
+    @property
+    def variant(self) -> str | None:
+        """The variant of the weights, which stands in their files' names."""
+        return "fp16" if any(".fp16" in name for name in self.weights) else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,6 +124,19 @@ class Tokens:
     bos: int
     eos: int
     pad: int
+
+
+@dataclass(frozen=True, slots=True)
+class SecondText:
+    """The second text encoder of a model of the SDXL class: `pad` fills its window, whose begin, end and
+    length are the first's. Its pooled embedding, of width `pooled`, is one more row of the conditioning.
+    `zeros` says whether guidance without a negative prompt starts from zeros, not from the empty prompt's
+    embeddings.
+    """
+
+    pad: int
+    pooled: int
+    zeros: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,7 +201,8 @@ class Manifest:
     `calibration` says how they were found and is None while they are only a guess. `guidance_scale` is the
     full model's default in diffusers' convention, 1 for a model that takes no guidance. `distilled` says
     whether the detector's UNet was made to answer in one step: where it was not, one step shows a blur.
-    `defences` says what was done to the model, in order, such as "sdd: star, pentagram".
+    `defences` says what was done to the model, in order, such as "sdd: star, pentagram". `second_text` is
+    None for models with one text encoder.
     """
 
     files: Mapping[str, FileEntry]
@@ -197,6 +222,7 @@ class Manifest:
     calibration: Mapping[str, Any] | None = None
     defences: tuple[str, ...] = ()
     verification: tuple[Row, ...] = ()
+    second_text: SecondText | None = optional()
     created_by: str = f"safelight {__version__}"
     safelight_bundle: int = VERSION
 
@@ -229,6 +255,12 @@ class Manifest:
     def schedule(self) -> NoiseSchedule:
         """The noise schedule of the full model."""
         return NoiseSchedule.from_config(self.scheduler)
+
+    @property
+    def required_files(self) -> tuple[str, ...]:
+        """Files that the folder must hold beside the graphs."""
+        second = SECOND_TOKENIZER if self.second_text is not None else ()
+        return (*REQUIRED_FILES, *second)
 
     @property
     def bundle_id(self) -> str:
@@ -312,7 +344,7 @@ class Manifest:
                 raise BundleError(
                     f"{folder / MANIFEST} names no {required}, nothing is opened without one; export again"
                 )
-        for name in REQUIRED_FILES:
+        for name in self.required_files:
             if name not in self.files:
                 raise BundleError(f"{folder / MANIFEST} does not list {name}; export the bundle again")
         for name in list_files(folder):

@@ -4,6 +4,7 @@ import json
 import math
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -12,7 +13,7 @@ JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 
 
 @click.command()
-@click.argument("model", type=FOLDER)
+@click.argument("model")
 @click.argument("bundle", type=FOLDER)
 @click.option(
     "--precision",
@@ -26,14 +27,50 @@ JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
     type=click.FloatRange(0),
     help="Default of the full model.  [default: 1 for the turbo class, else 7.5]",
 )
-def export(model: Path, bundle: Path, precision: str, guidance_scale: float | None) -> None:
-    """Turn the diffusers folder MODEL into the ONNX bundle BUNDLE, whole or not at all."""
+@click.option("--revision", metavar="COMMIT", help="Of a hub id; also as owner/name@COMMIT.")
+@click.option("--variant", type=click.Choice(["fp16"]), help="Of the weights files, where there are several.")
+@click.option("--checker", metavar="DIR|ID", help="Where safety_checker and feature_extractor are from.")
+@click.option("--tiny-decoder", metavar="DIR|ID", help="An AutoencoderTiny in the autoencoder's place.")
+@click.option(
+    "--lora", "loras", multiple=True, metavar="FILE[:SCALE]", help="Fold this LoRA in; may be repeated."
+)
+@click.option("--keep-model", type=FOLDER, metavar="DIR", help="Keep the model folder that was exported.")
+def export(model: str, bundle: Path, **options: Any) -> None:
+    """Turn MODEL, a diffusers folder or a hub id, into the ONNX bundle BUNDLE, whole or not at all.
+
+    With --checker, --tiny-decoder or --lora an ordinary model folder is put together first. A LoRA leaves out
+    a one-step student beside the model, which does not know it: such a bundle probes with the full model.
+    """
+    from safelight.engine.model_source import AUTOENCODER, CHECKER, locate_model
+    from safelight.export.assembly import Changes, assembled, read_record
     from safelight.export.bundle import export_bundle
+    from safelight.export.lora import Lora
 
     def progress(line: str) -> None:
         click.echo(f"safelight: {line}", err=True)
 
-    export_bundle(model, bundle, precision=precision, guidance_scale=guidance_scale, progress=progress)
+    loras = tuple(Lora.parse(text) for text in options["loras"])
+    variant, checker, tiny = (options[name] for name in ("variant", "checker", "tiny_decoder"))
+    source = locate_model(model, revision=options["revision"], variant=variant)
+    changes = Changes(
+        None if checker is None else locate_model(checker, parts=CHECKER),
+        None if tiny is None else locate_model(tiny, parts=AUTOENCODER),
+        loras,
+        variant,
+    )
+    with assembled(source, changes, beside=bundle, keep=options["keep_model"]) as folder:
+        for line in read_record(folder).get("changes", ()):
+            progress(line)
+        export_bundle(
+            folder,
+            bundle,
+            precision=options["precision"],
+            guidance_scale=options["guidance_scale"],
+            variant=variant if folder == source.path else None,
+            name=source.name,
+            revision=source.revision,
+            progress=progress,
+        )
     click.echo(str(bundle))
 
 

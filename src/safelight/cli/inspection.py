@@ -39,10 +39,15 @@ def _facts(folder: Path, manifest: Manifest) -> Iterator[tuple[str, str]]:
     yield "id", manifest.bundle_id
     yield "made by", manifest.created_by
     yield "source", f"{manifest.source.name}, revision {manifest.source.revision or 'unknown'}"
+    if changes := manifest.source.changes:
+        yield "changed", "; ".join(changes)
     yield "precision", f"{manifest.precision}, opset {manifest.opset}"
     yield "size", f"{_size(total)} in {len(manifest.files)} files"
     yield "tokens", f"window {tokens.window}, begin {tokens.bos}, end {tokens.eos}, fill {tokens.pad}"
     latents = _axes(picture.latents)
+    if second := manifest.second_text:
+        free = "zeros" if second.zeros else "the empty prompt"
+        yield "second text", f"fill {second.pad}, pooled {second.pooled}, guidance against {free}"
     yield "picture", f"{picture.size} px from latents ({latents}), scaling factor {picture.scaling_factor:g}"
     yield "checker", f"{checker.size} px"
     yield "concepts", ", ".join(checker.concepts) or _NONE
