@@ -1,4 +1,4 @@
-"""Reports in eval-unlearn's form: the latest of a technique is the one of the latest time, whoever wrote it."""
+"""Reports in the form of eval-unlearn: the latest of a technique is that of the latest time of any writer."""
 
 import json
 
