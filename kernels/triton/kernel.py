@@ -18,7 +18,7 @@ class Variant:
     name: str
     """Unique in the project, such as `probe_rotate_bf16`; it names the variant in a manifest."""
     signature: Mapping[str, str]
-    """Parameter -> Triton type, in the order of the function: `*bf16`, `*fp32`, `i32`, `fp32`, `constexpr`."""
+    """Parameter -> Triton type, in the function's order: `*bf16`, `*fp32`, `i32`, `fp32`, `constexpr`."""
     constants: Mapping[str, Constant]
     """Values of the parameters whose type is `constexpr`."""
     aligned: tuple[str, ...]
