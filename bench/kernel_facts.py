@@ -111,9 +111,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Write the table; 1 where a kernel spills registers."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=TABLE)
+    parser.add_argument("--folder", type=Path, help="what was built for all targets; else it is built")
     parser.add_argument("--jobs", type=int)
     call = parser.parse_args(arguments)
-    rows = measure(jobs=call.jobs)
+    rows = facts(call.folder) if call.folder else measure(jobs=call.jobs)
     write(call.out, rows)
     spills = [f"{row.variant} ({row.target})" for row in rows if row.spill_bytes]
     print(f"{len(rows)} rows in {call.out}; spills: {', '.join(spills) or 'none'}", file=sys.stderr)

@@ -13,6 +13,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -263,6 +264,21 @@ def test_a_closed_library_launches_nothing(folder: Path, stub: Stub) -> None:
     assert stub.log.count("release 40") == 1
     with pytest.raises(ValueError, match="axpy_bf16 is closed"):
         kernel.launch((1, 1, 1), 16, 32, 48, 64, 1.0, stream=0)
+
+
+@needs_compiler
+def test_a_runner_passes_arguments_by_their_names(folder: Path, stub: Stub) -> None:
+    variant = SimpleNamespace(name="axpy_bf16")
+    arguments = {"n": 64, "scale": 0.5, "out": FakeTensor(48), "y": FakeTensor(32), "x": FakeTensor(16)}
+    with opened(folder, stub) as library:
+        library.function("axpy_bf16")
+        stub.reset()
+        stub.sizes(8, 8, 8)
+        library.run(SimpleNamespace(), variant, (5, 1, 1), arguments)
+        assert "grid 5 1 1 block 128 1 1" in stub.log[1]
+        assert [line.split()[-8] for line in stub.log[2:5]] == ["10", "20", "30"]
+        with pytest.raises(ValueError, match="no compiled variant 'axpy_fp64'"):
+            library.run(SimpleNamespace(), SimpleNamespace(name="axpy_fp64"), (1, 1, 1), arguments)
 
 
 @needs_compiler

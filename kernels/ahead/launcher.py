@@ -9,7 +9,7 @@ import math
 import struct
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from safelight.kernels.ahead.manifest import (
     read_part,
 )
 from safelight.kernels.ahead.target import TARGETS, runs_on
+from safelight.kernels.triton.kernel import Kernel, Variant
 
 ALIGNMENT = 16
 _GRID_LIMITS = (2**31 - 1, 65535, 65535)
@@ -213,6 +214,16 @@ class KernelLibrary:
                 handle=handle,
             )
         return self._loaded[name]
+
+    def run(
+        self, kernel: Kernel, variant: Variant, grid: tuple[int, int, int], arguments: Mapping[str, Any]
+    ) -> None:
+        """Start a variant on torch's current stream: a runner for `kernels.triton.launch.use_runner`.
+
+        With it nothing is compiled: what the folder does not hold raises, as by `function` and `launch`.
+        """
+        loaded = self.function(variant.name)
+        loaded.launch(grid, *(arguments[item.name] for item in loaded.arguments))
 
     def close(self) -> None:
         """Unload every module and give the context back; a second call does nothing."""
