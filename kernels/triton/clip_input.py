@@ -22,7 +22,7 @@ from torch import Tensor
 from safelight.kernels.resize import crop_window, resize_matrix, vertical_first
 from safelight.kernels.triton.checks import FLOATS, dense, shaped, together, typed
 from safelight.kernels.triton.kernel import Kernel, Variant
-from safelight.kernels.triton.launch import launch
+from safelight.kernels.triton.launch import Argument, launch
 from safelight.kernels.triton.tuning import setting
 
 CHANNELS = 3
@@ -149,7 +149,6 @@ class _Taps:
     their weights (taps, places).
     """
 
-    places: int
     firsts: Tensor
     counts: Tensor
     weights: Tensor
@@ -161,10 +160,13 @@ class _Taps:
         firsts, ends = used.argmax(1), matrix.shape[1] - used[:, ::-1].argmax(1)
         counts = ends - firsts
         weights = np.zeros((int(counts.max()), len(matrix)), dtype=np.float32)
-        for place, (first, count) in enumerate(zip(firsts, counts, strict=True)):
-            weights[:count, place] = matrix[place, first : first + count]
-        integers = (torch.from_numpy(part.astype(np.int32)).to(device) for part in (firsts, counts))
-        return cls(len(matrix), *integers, torch.from_numpy(weights).to(device))
+        for place, (begin, end) in enumerate(zip(firsts, ends, strict=True)):
+            weights[: end - begin, place] = matrix[place, begin:end]
+        first, count, weight = (
+            torch.from_numpy(part).to(device)
+            for part in (firsts.astype(np.int32), counts.astype(np.int32), weights)
+        )
+        return cls(first, count, weight)
 
 
 @lru_cache(maxsize=32)
@@ -237,9 +239,7 @@ def _pass(
     chosen = setting("resize_axis", size=out.shape[3])
     tensors = (source, out, out if finite is None else finite, taps.firsts, taps.counts, taps.weights)
     sizes = (*source.shape[2:], *out.shape[2:], len(taps.weights))
-    arguments: dict[str, Tensor | int | float] = dict(
-        zip(_POINTERS, (*tensors, mean, deviation), strict=True)
-    )
+    arguments: dict[str, Argument] = dict(zip(_POINTERS, (*tensors, mean, deviation), strict=True))
     arguments |= dict(zip((*_SIZES, *_STRIDES), (*sizes, *source.stride(), *out.stride()), strict=True))
     constants = dict(zip(_CONSTANTS, (across, not last, finite is not None, chosen.block), strict=True))
     constants |= {"num_warps": chosen.num_warps, "num_stages": chosen.num_stages}

@@ -18,7 +18,7 @@ from safelight.kernels.fused import Concepts
 from safelight.kernels.reference import SPECIAL_CARE
 from safelight.kernels.triton.checks import FLOATS, dense, row_strides, shaped, together, typed
 from safelight.kernels.triton.kernel import Kernel, Variant
-from safelight.kernels.triton.launch import launch
+from safelight.kernels.triton.launch import Argument, launch
 from safelight.kernels.triton.tuning import setting
 
 _CARE = tl.constexpr(SPECIAL_CARE)
@@ -216,7 +216,7 @@ def concept_vote(
     dense(name, **tensors)
     block = _block(name, image_embeds, finite, need, concepts=count, out=out)
     chosen = setting("concept_margins")
-    arguments: dict[str, Tensor | int | float] = {
+    arguments: dict[str, Argument] = {
         "embeds": image_embeds,
         "concept_embeds": concepts.embeds,
         "thresholds": concepts.thresholds,
@@ -260,7 +260,7 @@ def _vote(
 ) -> None:
     requests, probes, concepts = margins.shape
     chosen = setting("margin_vote")
-    arguments: dict[str, Tensor | int | float] = {"margins": margins, "finite": finite, "need": need}
+    arguments: dict[str, Argument] = {"margins": margins, "finite": finite, "need": need}
     arguments |= {"block": block} | dict(zip(_VOTE_SIZES, (probes, concepts, *strides), strict=True))
     values = (copied, triton.next_power_of_2(max(probes, 8)), triton.next_power_of_2(max(concepts, 4)))
     constants = dict(zip(_VOTE_CONSTANTS, values, strict=True))
