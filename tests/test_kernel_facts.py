@@ -1,7 +1,7 @@
 """The project's compiled kernels spill no register and move 16 bytes at once where their promises allow it.
 
-The committed table says so for every variant on every target; here all variants are compiled for one target and
-some of each kernel for all, and compared with the table's rows.
+The committed table says so for every variant on every target; here all variants are compiled for one target
+and some of each kernel for all, and compared with the table's rows.
 """
 
 import csv
