@@ -129,9 +129,10 @@ def on_cpu(build):
     return lambda sizes, dtype, device: build(sizes, dtype, "cpu")
 def broken(*_):
     raise RuntimeError("no such memory")
-kernel_cases.BUILDERS = {
-    name: (on_cpu(build), 3) for name, (build, _) in kernel_cases.BUILDERS.items()
-} | {"clip_input": (broken, 3)}
+kept = ("latent_to_x0", "guidance_step, 2 branches")
+kernel_cases.BUILDERS = {"clip_input": (broken, 3)} | {
+    name: (on_cpu(kernel_cases.BUILDERS[name][0]), 3) for name in kept
+}
 """
 
 
@@ -142,7 +143,7 @@ def test_a_measurement_writes_what_could_be_measured(tmp_path: Path) -> None:
     assert done.returncode == 1 and "clip_input, 2 requests: not measured: no such memory" in done.stderr
     with (tmp_path / "results/test-1-kernels.csv").open(newline="") as lines:
         rows = list(csv.DictReader(lines))
-    assert len(rows) == 6 * 2 * 3 * 2, done.stdout + done.stderr
+    assert len(rows) == 2 * 2 * 3 * 2, done.stdout + done.stderr
     for row in rows:
         graph = row["form"] == "in a graph"
         assert (row["p50_us"], row["launches"], row["x_eager"]) == ("3" if graph else "8", "5", "1")
