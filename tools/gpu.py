@@ -37,9 +37,11 @@ def steps() -> list[Step]:
         for path in (ROOT / "tests").glob("test_*.py")
         if any(word in path.read_text(encoding="utf-8") for word in MARKED)
     )
+    # each process compiles for itself, which is most of the tests' time
+    workers = ("-n", str(min(8, os.cpu_count() or 1))) if find_spec("xdist") else ()
     rehearsal = (*python, "-m", "safelight.bench.kernels", "--rehearse")
     made = [
-        Step("tests", (*python, "-m", "pytest", "-q", "-m", "gpu", *marked), 200),
+        Step("tests", (*python, "-m", "pytest", "-q", "-m", "gpu", *workers, *marked), 200),
         Step("kernels", (*python, "-m", "safelight.bench.kernels"), 150),
     ]
     if checker := shutil.which("compute-sanitizer"):
