@@ -19,6 +19,7 @@ from safelight.cli.defence import defend
 from safelight.cli.distil import distill
 from safelight.cli.evaluation import evaluate
 from safelight.cli.generation import generate
+from safelight.cli.kernels import kernels
 from safelight.cli.measure import bench, doctor
 from safelight.cli.screening import screen
 from safelight.errors import SafelightError
@@ -28,6 +29,7 @@ EXTRAS = {
     **dict.fromkeys(("torch", "diffusers", "transformers", "safetensors"), "torch"),
     **dict.fromkeys(("onnx", "onnxscript", "onnx_ir"), "export"),
     **dict.fromkeys(("tqdm", "accelerate", "peft"), "train"),
+    **dict.fromkeys(("triton",), "kernels"),
     **dict.fromkeys(("matplotlib",), "plot"),
     **dict.fromkeys(("pyarrow",), "parquet"),
 }
@@ -94,5 +96,6 @@ for command in (
     data,
     defend,
     distill,
+    kernels,
 ):
     main.add_command(command)
