@@ -37,7 +37,8 @@ class Cuda:
         library = next(filter(None, map(_load, _names())), None)
         if library is None:
             raise BackendUnavailable(
-                f"tensorrt: no CUDA runtime (libcudart.so.{MAJORS[0]} or .{MAJORS[1]}) was found, and engines run on "
+                f"tensorrt: no CUDA runtime (libcudart.so.{MAJORS[0]} or .{MAJORS[1]}) was found, and "
+                "engines run on "
                 "a GPU only; do: pip install nvidia-cuda-runtime, and install NVIDIA's driver"
             )
         count = ctypes.c_int(0)
@@ -46,7 +47,8 @@ class Cuda:
             library.cudaGetErrorString.restype = ctypes.c_char_p
             why = library.cudaGetErrorString(code).decode() if code else "none is visible"
             raise BackendUnavailable(
-                f"tensorrt: no usable CUDA device ({why}); engines are built without a GPU and run on one only; "
+                f"tensorrt: no usable CUDA device ({why}); engines are built without a GPU and run on one "
+                "only; "
                 f"{_REMEDY}"
             )
         return cls(library)
@@ -79,7 +81,8 @@ class Cuda:
         address = ctypes.c_void_p()
         self._call("cudaMallocHost", ctypes.byref(address), ctypes.c_size_t(max(1, size)))
         held = (ctypes.c_char * size).from_address(int(address.value or 0))
-        return np.frombuffer(held, dtype=kind, count=size // kind.itemsize).reshape(shape)
+        array: NDArray[Any] = np.ndarray(shape, dtype=kind, buffer=held)
+        return array
 
     def free_pinned(self, array: NDArray[Any]) -> None:
         """Give page-locked memory back; the array must not be used again."""

@@ -70,7 +70,8 @@ class Here:
     def differences(self, parts: Parts) -> list[str]:
         """In words, each part of an engine that is not as here; none where it may be loaded."""
         return [
-            f"{_WORDS[item.name]} ({_short(getattr(parts, item.name))}, here {_short(getattr(self, item.name))})"
+            f"{_WORDS[item.name]} ({_short(getattr(parts, item.name))}, here "
+            f"{_short(getattr(self, item.name))})"
             for item in fields(self)
             if getattr(parts, item.name) != getattr(self, item.name)
         ]

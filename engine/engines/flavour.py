@@ -42,7 +42,9 @@ class Flavour:
                 warnings.simplefilter("ignore", DeprecationWarning)
                 return import_module(self.module)
         except (ImportError, OSError, RuntimeError) as fault:
-            raise BackendUnavailable(f"tensorrt: {self.module} cannot be imported ({fault}); {REMEDY}") from fault
+            raise BackendUnavailable(
+                f"tensorrt: {self.module} cannot be imported ({fault}); {REMEDY}"
+            ) from fault
 
     @property
     def needs_gpu(self) -> bool:

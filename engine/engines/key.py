@@ -37,7 +37,8 @@ def read_key(path: Path) -> bytes:
         status = os.fstat(file.fileno())
         if status.st_uid != os.geteuid() or stat.S_IMODE(status.st_mode) & 0o077:
             raise BundleError(
-                f"{path} can be read by others (mode {stat.S_IMODE(status.st_mode):o}, owner {status.st_uid}); "
+                f"{path} can be read by others (mode {stat.S_IMODE(status.st_mode):o}, owner "
+                f"{status.st_uid}); "
                 "delete it and build the engines again"
             )
         key = file.read(BYTES + 1)

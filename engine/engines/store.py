@@ -91,7 +91,9 @@ def digest_of(path: Path) -> tuple[str, int]:
 
 
 def read_records(engines: Path, key: bytes) -> Iterator[tuple[Path, Record | BundleError]]:
-    """Every engine's folder, and its record, or why it is not trusted. Nothing where the folder is missing."""
+    """Every engine's folder, and its record, or why it is not trusted. Nothing where the folder is
+    missing.
+    """
     if not engines.exists():
         return
     try:
@@ -115,7 +117,8 @@ def read_record(folder: Path, key: bytes) -> Record:
     data, signature = _read(folder / RECORD, MAX_JSON_BYTES), _read(folder / SIGNATURE, 1024)
     if not hmac.compare_digest(sign(key, data).encode(), signature.strip()):
         raise BundleError(
-            f"{folder}: the signature is not this user's, so the engine is never loaded; delete the folder and "
+            f"{folder}: the signature is not this user's, so the engine is never loaded; delete the folder "
+            "and "
             "build it again"
         )
     try:
@@ -124,18 +127,21 @@ def read_record(folder: Path, key: bytes) -> Record:
             raise ValueError(f"not a record of format {FORMAT}")
         record: Record = from_plain(Record, values, "engine")
     except ValueError as fault:
-        raise BundleError(f"{folder / RECORD} cannot be read ({fault}); delete the folder and build it again") from None
+        raise BundleError(
+            f"{folder / RECORD} cannot be read ({fault}); delete the folder and build it again"
+        ) from None
     if record.parts.fingerprint != folder.name:
         raise BundleError(
-            f"{folder} was renamed: its fingerprint is {record.parts.fingerprint[:12]}; delete the folder and "
+            f"{folder} was renamed: its fingerprint is {record.parts.fingerprint[:12]}; delete the folder "
+            "and "
             "build it again"
         )
     return record
 
 
 def read_plan(folder: Path, record: Record) -> bytes:
-    """The engine itself, the very bytes that the record names. Raises BundleError where they were cut short or
-    altered.
+    """The engine itself, the very bytes that the record names. Raises BundleError where they were cut short
+    or altered.
     """
     data = _read(folder / PLAN, record.size_bytes)
     if len(data) != record.size_bytes:
@@ -164,7 +170,8 @@ def _read(path: Path, most: int) -> bytes:
         size = os.fstat(descriptor).st_size
         if size > most:
             raise BundleError(
-                f"{path} has {size} bytes, at most {most} belong there; delete its folder and build the engine "
+                f"{path} has {size} bytes, at most {most} belong there; delete its folder and build the "
+                "engine "
                 "again"
             )
         return file.read()
@@ -186,7 +193,8 @@ def _check_status(path: Path, status: os.stat_result, *, folder: bool) -> None:
         )
     if status.st_uid != os.geteuid():
         raise BundleError(
-            f"{path} belongs to user {status.st_uid}, not to {os.geteuid()}, so it is never loaded; build engines "
+            f"{path} belongs to user {status.st_uid}, not to {os.geteuid()}, so it is never loaded; build "
+            "engines "
             "as the user who runs them, in a bundle folder of their own"
         )
     if stat.S_IMODE(status.st_mode) & 0o077:

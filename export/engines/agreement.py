@@ -75,7 +75,9 @@ def remove_graph(folder: Path) -> None:
 def _run(path: Path, entry: GraphEntry, inputs: Mapping[str, Array]) -> dict[str, Array]:
     options = ort.SessionOptions()
     options.log_severity_level = 3
-    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL  # no rounding is optimised away
+    options.graph_optimization_level = (
+        ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    )  # no rounding is optimised away
     session = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
     names = [tensor.name for tensor in entry.outputs]
     return dict(zip(names, session.run(names, dict(inputs)), strict=True))

@@ -1,4 +1,5 @@
-"""A graph of a bundle to an engine in the bundle's store: locked, compiled apart, signed, whole or not at all.
+"""A graph of a bundle to an engine in the bundle's store: locked, compiled apart, signed, whole or not at
+all.
 
 Everything is made in `engines/<fingerprint>.partial`, which the holder of the fingerprint's lock alone
 touches, and gets its name last. What a killed builder left there is removed by the next one.
@@ -39,7 +40,11 @@ from safelight.errors import BackendUnavailable, BundleError, ExportError, Safel
 from safelight.export.engines.compile import Job
 
 CURRENT = "current"
-_FULL = {errno.ENOSPC: "the disk is full", errno.EDQUOT: "the quota is used up", errno.EFBIG: "files may not grow"}
+_FULL = {
+    errno.ENOSPC: "the disk is full",
+    errno.EDQUOT: "the quota is used up",
+    errno.EFBIG: "files may not grow",
+}
 _CLOSED = (errno.EROFS, errno.EACCES, errno.EPERM)
 
 
@@ -68,17 +73,18 @@ def check_target(target: str, flavour: Flavour) -> str:
             found = Cuda.open().target
         except BackendUnavailable as fault:
             other = f"name one of {', '.join(RTX_TARGETS)}" if not flavour.needs_gpu else "use tensorrt-rtx"
-            raise BackendUnavailable(f"target {target} of {flavour.name} takes a GPU: {fault}; or {other}") from None
+            raise BackendUnavailable(
+                f"target {target} of {flavour.name} takes a GPU: {fault}; or {other}"
+            ) from None
         if target not in (CURRENT, found):
             raise BackendUnavailable(
-                f"{flavour.name} builds for the GPU at hand, {found}, not for {target}; build it on such a GPU, or "
+                f"{flavour.name} builds for the GPU at hand, {found}, not for {target}; build it on such a "
+                "GPU, or "
                 "with tensorrt-rtx"
             )
         target = found
     if not flavour.needs_gpu and target not in RTX_TARGETS:
-        raise ValueError(
-            f"target must be one of {', '.join(RTX_TARGETS)} for {flavour.name}; got {target!r}"
-        )
+        raise ValueError(f"target must be one of {', '.join(RTX_TARGETS)} for {flavour.name}; got {target!r}")
     return target
 
 
@@ -95,7 +101,8 @@ def build_engine(
     """Build the engine of a graph, or find that it is there already, and sign it.
 
     `target` is a GPU architecture of `check_target`. Raises BundleError for a graph that the bundle lacks,
-    ExportError where the graph cannot become an engine, and SafelightError where the folder cannot be written.
+    ExportError where the graph cannot become an engine, and SafelightError where the folder cannot be
+    written.
     """
     if graph not in bundle.manifest.graphs:
         raise BundleError(f"{bundle.folder} has no {graph}; it has {', '.join(bundle.manifest.graphs)}")
@@ -154,7 +161,11 @@ def _fill(
         timing=str(fresh.absolute()),
         target=None if flavour.needs_gpu else parts.target.replace("sm_", "SM"),
         profiles=tuple(
-            {spec.name: bucket.shapes(spec) for spec in entry.inputs if any(isinstance(a, str) for a in spec.axes)}
+            {
+                spec.name: bucket.shapes(spec)
+                for spec in entry.inputs
+                if any(isinstance(a, str) for a in spec.axes)
+            }
             for bucket in parts.profile
         ),
     )
@@ -184,7 +195,11 @@ def _lowered(bundle: Bundle, parts: Parts, partial: Path) -> tuple[Path, float]:
 def _compile(job: Job, held: int, progress: Progress) -> dict[str, Any]:
     """Run the job in a process that keeps the lock as long as it lives, and dies with us."""
     command = [sys.executable, "-P", "-m", "safelight.export.engines.compile"]
-    pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
+    pipes: dict[str, Any] = {
+        "stdin": subprocess.PIPE,
+        "stdout": subprocess.PIPE,
+        "stderr": subprocess.DEVNULL,
+    }
     child = subprocess.Popen(command, **pipes, text=True, pass_fds=(held,))
     outcome: dict[str, Any] = {}
     try:
@@ -222,12 +237,14 @@ def _sentences(engines: Path) -> Iterator[None]:
         why = _FULL.get(fault.errno or 0)
         if why:
             raise SafelightError(
-                f"{fault.filename or engines}: {why} ({fault.strerror}), nothing of the engine was kept; free some "
+                f"{fault.filename or engines}: {why} ({fault.strerror}), nothing of the engine was kept; "
+                "free some "
                 "space and build it again"
             ) from fault
         if fault.errno in _CLOSED:
             raise SafelightError(
-                f"{fault.filename or engines} cannot be written ({fault.strerror}), so no engine was built; copy the "
+                f"{fault.filename or engines} cannot be written ({fault.strerror}), so no engine was "
+                "built; copy the "
                 "bundle to a folder of your own and build there"
             ) from fault
         raise

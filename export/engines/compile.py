@@ -1,4 +1,5 @@
-"""One TensorRT build in a process of its own: a job on stdin, progress and the outcome as JSON lines on stdout.
+"""One TensorRT build in a process of its own: a job on stdin, progress and the outcome as JSON lines on
+stdout.
 
 A process, so that Ctrl-C ends a build at once, a crash or an out-of-memory kill in native code ends no
 caller, and the peak memory is the build's own. Written to what TensorRT 10, 11 and TensorRT-RTX share; knows
@@ -63,7 +64,9 @@ def compile_engine(job: Job, say: Say) -> None:
         for name, (least, best, most) in shapes.items():
             profile.set_shape(name, tuple(least), tuple(best), tuple(most))
         if config.add_optimization_profile(profile) < 0:
-            raise ExportError(f"{job.graph}: TensorRT refuses the profile {dict(shapes)}; choose other batches")
+            raise ExportError(
+                f"{job.graph}: TensorRT refuses the profile {dict(shapes)}; choose other batches"
+            )
     timing = Path(job.timing)
     cache = config.create_timing_cache(timing.read_bytes() if timing.exists() else b"")
     config.set_timing_cache(cache, ignore_mismatch=True)
@@ -72,7 +75,9 @@ def compile_engine(job: Job, say: Say) -> None:
     del monitor
     if plan is None:
         said = "; ".join(logger.errors[:3]) or "it gave no reason"
-        raise ExportError(f"{job.graph}: TensorRT built no engine ({said}); try another precision or smaller batches")
+        raise ExportError(
+            f"{job.graph}: TensorRT built no engine ({said}); try another precision or smaller batches"
+        )
     _write(Path(job.plan), memoryview(plan))
     if (cache := config.get_timing_cache()) is not None:
         _write(timing, memoryview(cache.serialize()))
@@ -91,10 +96,15 @@ def _parse(trt: Any, network: Any, logger: Any, job: Job) -> None:
     told = []
     for index in range(parser.num_errors):
         error = parser.get_error(index)
-        where = f"node {error.node_name() or error.node()} ({error.node_operator()})" if error.node() >= 0 else "the file"
+        where = (
+            f"node {error.node_name() or error.node()} ({error.node_operator()})"
+            if error.node() >= 0
+            else "the file"
+        )
         told.append(f"{where}: {' '.join(error.desc().split())}")
     raise ExportError(
-        f"{job.graph}: TensorRT cannot take {'; '.join(told[:3]) or 'the graph'}; export it again, or use another "
+        f"{job.graph}: TensorRT cannot take {'; '.join(told[:3]) or 'the graph'}; export it again, or use "
+        "another "
         "version of TensorRT"
     )
 
@@ -182,7 +192,9 @@ def peak_bytes() -> int:
 
 
 def main() -> int:
-    """Run the job on stdin; 0 where the engine was written. Everything else that is printed goes to stderr."""
+    """Run the job on stdin; 0 where the engine was written. Everything else that is printed goes to
+    stderr.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides
     ctypes.CDLL(None).prctl(_DIE_WITH_PARENT, signal.SIGKILL, 0, 0, 0)
     lines = os.fdopen(os.dup(1), "w", encoding="utf-8")

@@ -93,9 +93,7 @@ class _Pass:
         return bool(moving) and all(value in self._native for value in moving) and self._constants_fit(floats)
 
     def _constants_fit(self, floats: list[ir.Value]) -> bool:
-        return all(
-            _fits(self._weights[value], self._precision) for value in floats if value in self._weights
-        )
+        return all(_fits(self._weights[value], self._precision) for value in floats if value in self._weights)
 
     def _make_low(self, node: ir.Node, floats: list[ir.Value]) -> None:
         wanted = set(floats)
@@ -120,7 +118,9 @@ class _Pass:
         return found
 
     def _mask(self, value: ir.Value, before: ir.Node) -> ir.Value:
-        """A choice between two constants in low precision: what is masked becomes its lowest finite number."""
+        """A choice between two constants in low precision: what is masked becomes its lowest finite
+        number.
+        """
         chooser = value.producer()
         assert chooser is not None
         constants = [self._stored(constant) for constant in chooser.inputs[1:] if constant is not None]
@@ -204,7 +204,7 @@ def _weights(graph: ir.Graph) -> dict[ir.Value, ir.TensorProtocol]:
 
 def _rounded(values: NDArray[Any], kind: np.dtype[Any]) -> NDArray[Any]:
     """Values in a type, those beyond its range as its largest and lowest."""
-    most = float(ml_dtypes.finfo(kind).max)
+    most = float(ml_dtypes.finfo(kind).max)  # type: ignore[no-untyped-call]
     return values.astype(np.float32).clip(-most, most).astype(kind)
 
 
@@ -222,7 +222,9 @@ def exact_products(graph: ir.Graph) -> set[ir.Node]:
     found: set[ir.Node] = set()
     seen: set[ir.Value] = set()
     todo = list(graph.outputs)
-    todo += [value for node in graph if node.op_type in _DECIDES for value in node.inputs if value is not None]
+    todo += [
+        value for node in graph if node.op_type in _DECIDES for value in node.inputs if value is not None
+    ]
     while todo:
         value = todo.pop()
         node = value.producer()
