@@ -124,6 +124,8 @@ class Cuda:
             yield made
         except BaseException:
             self._library.cudaStreamEndCapture(ctypes.c_void_p(stream), ctypes.byref(graph))
+            if graph.value:
+                self._library.cudaGraphDestroy(graph)
             raise
         self._call("cudaStreamEndCapture", ctypes.c_void_p(stream), ctypes.byref(graph))
         ready = ctypes.c_void_p()

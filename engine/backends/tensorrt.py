@@ -267,7 +267,21 @@ def open_backend(bundle: Bundle, *, model: Path | None, threads: int | None) -> 
         raise ValueError(
             "tensorrt runs the bundle's engines on a GPU; it takes neither a model folder nor threads"
         )
+    flavours = _flavours()
+    return TensorRTBackend(bundle, Cuda.open(), flavours)
+
+
+def describe() -> str:
+    """Versions and GPU, for the doctor, after the libraries were loaded. Raises BackendUnavailable."""
+    flavours = _flavours()
+    for flavour in flavours:
+        flavour.load()
+    names = ", ".join(f"{flavour.name} {flavour.version}" for flavour in flavours)
+    return f"{names} - {Cuda.open().target}"
+
+
+def _flavours() -> tuple[Flavour, ...]:
     flavours = installed_flavours()
     if not flavours:
-        raise BackendUnavailable(f"{FULL}: neither {FULL} nor {RTX} is installed; do: {REMEDY}")
-    return TensorRTBackend(bundle, Cuda.open(), flavours)
+        raise BackendUnavailable(f"tensorrt: neither {FULL} nor {RTX} is installed; do: {REMEDY}")
+    return flavours

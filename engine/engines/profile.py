@@ -1,5 +1,6 @@
 """The lengths that an engine takes: one optimisation profile per bucket. Knows no graph and no runtime."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -31,6 +32,11 @@ class Bucket:
         return axes.keys() == self.axes.keys() and all(
             self.axes[name].least <= length <= self.axes[name].most for name, length in axes.items()
         )
+
+    @property
+    def most_rows(self) -> int:
+        """The most rows of one run: the product of the most lengths."""
+        return math.prod(span.most for span in self.axes.values())
 
     def shapes(self, spec: TensorSpec) -> tuple[tuple[int, ...], ...]:
         """Least, best and most shape of a tensor."""

@@ -41,6 +41,7 @@ class Record:
     size_bytes: int
     built_at: float
     build_s: float
+    cpu_s: float
     peak_bytes: int
     agreement: float | None = None
     format: int = FORMAT
@@ -59,7 +60,7 @@ def sign(key: bytes, record: bytes) -> str:
 def write_entry(folder: Path, record: Record, key: bytes) -> None:
     """Put record and signature beside the plan that lies in `folder` already, and all of it on the disk."""
     data = (json.dumps(to_plain(record), indent=1, allow_nan=False) + "\n").encode()
-    for name, content in ((RECORD, data), (SIGNATURE, (sign(key, data) + "\n").encode())):
+    for name, content in ((RECORD, data), (SIGNATURE, sign(key, data).encode())):
         with open(folder / name, "wb", opener=_private) as file:
             file.write(content)
     for name in (PLAN, RECORD, SIGNATURE):
@@ -115,7 +116,7 @@ def read_record(folder: Path, key: bytes) -> Record:
     """
     _check_owner(folder, folder=True)
     data, signature = _read(folder / RECORD, MAX_JSON_BYTES), _read(folder / SIGNATURE, 1024)
-    if not hmac.compare_digest(sign(key, data).encode(), signature.strip()):
+    if not hmac.compare_digest(sign(key, data).encode(), signature):
         raise BundleError(
             f"{folder}: the signature is not this user's, so the engine is never loaded; delete the folder "
             "and "

@@ -176,7 +176,16 @@ def _fill(
     for name in ("model.onnx", "model.onnx_data"):
         (partial / name).unlink(missing_ok=True)
     sha256, size = digest_of(partial / PLAN)
-    return Record(parts, sha256, size, time.time(), done["build_s"], done["peak_bytes"], agreed)
+    return Record(
+        parts=parts,
+        engine_sha256=sha256,
+        size_bytes=size,
+        built_at=time.time(),
+        build_s=done["build_s"],
+        cpu_s=done["cpu_s"],
+        peak_bytes=done["peak_bytes"],
+        agreement=agreed,
+    )
 
 
 def _lowered(bundle: Bundle, parts: Parts, partial: Path) -> tuple[Path, float]:

@@ -214,7 +214,8 @@ def main() -> int:
     except ExportError as fault:
         say({"error": str(fault)})
         return 1
-    say({"build_s": time.monotonic() - start, "peak_bytes": peak_bytes()})
+    spent = {"build_s": time.monotonic() - start, "cpu_s": time.process_time()}
+    say(spent | {"peak_bytes": peak_bytes()})
     return 0
 
 

@@ -41,7 +41,8 @@ class Bar:
             click.echo("\r\x1b[K", nl=False, err=True)
 
 
-def _whole(text: str, name: str) -> tuple[int, ...]:
+def whole_numbers(text: str, name: str) -> tuple[int, ...]:
+    """Numbers between commas. Raises UsageError."""
     try:
         return tuple(int(part) for part in text.split(","))
     except ValueError:
@@ -110,7 +111,7 @@ def build(
         raise click.UsageError(
             f"{bundle} has no graph {unknown[0]}; it has {', '.join(opened.manifest.graphs)}"
         )
-    batches = usual_batches(opened.manifest) if batch is None else _whole(batch, "--batch")
+    batches = usual_batches(opened.manifest) if batch is None else whole_numbers(batch, "--batch")
     for name in names:
         buckets = profile(opened.manifest.graphs[name], batches, static=static)
         for architecture in targets:
