@@ -39,7 +39,7 @@ def measure(
     with tempfile.TemporaryDirectory(dir=opened.folder.absolute().parent) as scratch:
         apart = _apart(opened, Path(scratch))
         for graph in graphs or tuple(opened.manifest.graphs):
-            buckets = profile(opened.manifest.graphs[graph], batches or usual_batches(opened.manifest))
+            buckets = profile(opened.manifest.graphs[graph], batches or usual_batches(opened.manifest, graph))
             built = build_engine(
                 apart,
                 graph,

@@ -76,8 +76,7 @@ def test_exit_code(arguments: list[str], code: int) -> None:
     assert result.exit_code == code
     if code == 2:
         assert (
-            result.stderr
-            == "safelight: no backend 'cuda'; "
+            result.stderr == "safelight: no backend 'cuda'; "
             f"there are {', '.join(BACKENDS)}; see: safelight doctor --help\n"
         )
     else:

@@ -248,9 +248,19 @@ def test_an_operator_that_tensorrt_lacks_is_named_with_its_node(bundle: Bundle) 
     assert not (broken.folder / "engines").exists()
 
 
-def test_a_crash_of_the_compiler_is_a_sentence(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(building.sys, "executable", "/bin/false")
-    with pytest.raises((ExportError, OSError)):
+CRASHES = {"an abort": "kill -ABRT $$", "an out-of-memory kill": "kill -KILL $$", "an exit": "exit 3"}
+CODES = {"an abort": "-6", "an out-of-memory kill": "-9, killed: too little memory?", "an exit": "3"}
+
+
+@pytest.mark.parametrize("crash", CRASHES)
+def test_a_crash_of_the_compiler_is_a_sentence(
+    bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, crash: str
+) -> None:
+    script = tmp_path / "python"
+    script.write_text(f"#!/bin/sh\n{CRASHES[crash]}\n")
+    script.chmod(0o755)
+    monkeypatch.setattr(building.sys, "executable", str(script))
+    with pytest.raises(ExportError, match=f"ended with {CODES[crash]}".replace("?", r"\?")):
         build(bundle)
     assert not (bundle.folder / "engines").exists()
 
@@ -304,11 +314,19 @@ def test_the_profile_of_each_kind_of_graph(shared: Bundle) -> None:
 
 def test_the_usual_batches_cover_what_a_detector_asks_for(shared: Bundle) -> None:
     """Every chunk of probes that the shipped policy can cut, for as many requests as fit into a run."""
-    buckets = profile(shared.manifest.graphs["detector"], usual_batches(shared.manifest))
+    buckets = profile(shared.manifest.graphs["detector"], usual_batches(shared.manifest, "detector"))
     count = shared.manifest.probe.count
     for probes in range(1, count + 1):
         for requests in range(1, 64 // count + 1):
             assert any(bucket.covers({"requests": requests, "probes": probes}) for bucket in buckets)
+    last = profile(shared.manifest.graphs["unet"], usual_batches(shared.manifest, "unet"))[-1]
+    assert last.covers({"batch": 3 * 64})  # a full run of probes by the full model, with redirected guidance
+
+
+def test_large_pictures_are_looked_at_one_by_one(shared: Bundle) -> None:
+    large = replace(shared.manifest, picture=replace(shared.manifest.picture, latents=(4, 64, 64)))
+    assert usual_batches(large, "detector") == (1,)
+    assert usual_batches(large, "unet") == (1, shared.manifest.probe.count)
 
 
 def test_the_command(bundle: Bundle) -> None:

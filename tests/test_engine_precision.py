@@ -1,4 +1,6 @@
-"""Low precision is decided in the graph: products are low, what decides stays float32, and the numbers agree."""
+"""Low precision is decided in the graph: products are low, what decides stays float32, and the numbers
+agree.
+"""
 
 from pathlib import Path
 

@@ -213,8 +213,9 @@ def _compile(job: Job, held: int, progress: Progress) -> dict[str, Any]:
     outcome: dict[str, Any] = {}
     try:
         assert child.stdin is not None and child.stdout is not None
-        child.stdin.write(job.to_json())
-        child.stdin.close()
+        with suppress(BrokenPipeError):  # it is gone already, which its code tells
+            child.stdin.write(job.to_json())
+            child.stdin.close()
         for line in child.stdout:
             said = json.loads(line)
             if "share" in said:

@@ -11,12 +11,17 @@ from safelight.errors import BundleError
 from safelight.manifest import GraphEntry, Manifest
 
 MOST = 1024  # rows in one run
+TEXTS = 3  # that guidance asks the denoiser about at once: none, the redirected one, the prompt
+DETECTORS = ("detector", "detector_latent")
 
 
-def usual_batches(manifest: Manifest) -> tuple[int, ...]:
-    """What the library itself asks for: one row, the probes of one request, and a full run of a detector."""
+def usual_batches(manifest: Manifest, graph: str) -> tuple[int, ...]:
+    """What the library itself asks a graph for: one row, the probes of one request, and the most of a run."""
     _, height, width = manifest.picture.latents
-    return tuple(sorted({1, manifest.probe.count, max(1, ROWS * 64 // (height * width))}))
+    rows, count = max(1, ROWS * 64 // (height * width)), manifest.probe.count
+    if graph in DETECTORS:
+        return tuple(sorted({1, min(count, rows), rows}))
+    return tuple(sorted({1, count, max(count, TEXTS * rows)}))
 
 
 def profile(entry: GraphEntry, batches: tuple[int, ...], *, static: bool = False) -> tuple[Bucket, ...]:

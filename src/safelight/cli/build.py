@@ -111,8 +111,9 @@ def build(
         raise click.UsageError(
             f"{bundle} has no graph {unknown[0]}; it has {', '.join(opened.manifest.graphs)}"
         )
-    batches = usual_batches(opened.manifest) if batch is None else whole_numbers(batch, "--batch")
+    asked = None if batch is None else whole_numbers(batch, "--batch")
     for name in names:
+        batches = asked or usual_batches(opened.manifest, name)
         buckets = profile(opened.manifest.graphs[name], batches, static=static)
         for architecture in targets:
             bar = Bar(f"{name} {precision} {architecture}")
