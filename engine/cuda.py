@@ -81,7 +81,7 @@ class Cuda:
         address = ctypes.c_void_p()
         self._call("cudaMallocHost", ctypes.byref(address), ctypes.c_size_t(max(1, size)))
         held = (ctypes.c_char * size).from_address(int(address.value or 0))
-        array: NDArray[Any] = np.ndarray(shape, dtype=kind, buffer=held)
+        array: NDArray[Any] = np.ndarray(shape, dtype=kind, buffer=memoryview(held))
         return array
 
     def free_pinned(self, array: NDArray[Any]) -> None:

@@ -121,6 +121,14 @@ def test_an_altered_engine_is_built_again(bundle: Bundle) -> None:
     read_plan(again.folder, again.record)
 
 
+def test_a_store_that_is_open_to_others_is_not_built_into(bundle: Bundle) -> None:
+    (bundle.folder / "engines").mkdir(mode=0o777)
+    (bundle.folder / "engines").chmod(0o777)
+    (bundle.folder / "engines" / "0.lock").touch()
+    with pytest.raises(BundleError, match="open to others"):
+        build(bundle)
+
+
 def test_another_version_of_the_library_builds_beside_it(
     bundle: Bundle, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -98,7 +98,7 @@ def read_records(engines: Path, key: bytes) -> Iterator[tuple[Path, Record | Bun
     if not engines.exists():
         return
     try:
-        _check_owner(engines, folder=True)
+        check_private(engines, folder=True)
     except BundleError as fault:
         yield engines, fault
         return
@@ -114,7 +114,7 @@ def read_record(folder: Path, key: bytes) -> Record:
     """The record of an engine, after its owner, its signature and its fingerprint were checked. Raises
     BundleError.
     """
-    _check_owner(folder, folder=True)
+    check_private(folder, folder=True)
     data, signature = _read(folder / RECORD, MAX_JSON_BYTES), _read(folder / SIGNATURE, 1024)
     if not hmac.compare_digest(sign(key, data).encode(), signature):
         raise BundleError(
@@ -178,7 +178,8 @@ def _read(path: Path, most: int) -> bytes:
         return file.read()
 
 
-def _check_owner(path: Path, *, folder: bool) -> None:
+def check_private(path: Path, *, folder: bool) -> None:
+    """Raises BundleError unless this is a plain folder or file of this user's that is closed to others."""
     try:
         status = path.lstat()
     except OSError as fault:

@@ -28,6 +28,7 @@ from safelight.engine.engines.profile import Bucket
 from safelight.engine.engines.store import (
     PLAN,
     Record,
+    check_private,
     digest_of,
     engines_folder,
     put_in_place,
@@ -111,6 +112,8 @@ def build_engine(
     engines = engines_folder(bundle.folder)
     folder = engines / parts.fingerprint
     with _sentences(engines), _tidy(engines):
+        if engines.exists() or engines.is_symlink():
+            check_private(engines, folder=True)
         key = make_key(bundle.engine_key or usual_key())
         lock = engines / f"{parts.fingerprint}.lock"
         with locked(lock, waiting=lambda: progress("waiting for another builder of this engine")) as held:
@@ -151,7 +154,8 @@ def _fill(
     entry = bundle.manifest.graphs[parts.graph]
     timing = f"{parts.flavour}-{parts.version}-{parts.target}.cache"
     known, fresh = engines_folder(bundle.folder) / "timing" / timing, partial / "timing.cache"
-    if known.is_file():
+    if known.exists():
+        check_private(known, folder=False)
         shutil.copyfile(known, fresh)
     job = Job(
         module=flavour.module,

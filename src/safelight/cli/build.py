@@ -79,6 +79,7 @@ def whole_numbers(text: str, name: str) -> tuple[int, ...]:
     "--engine-key",
     type=FOLDER,
     envvar="SAFELIGHT_ENGINE_KEY",
+    show_envvar=True,
     help="File of the key that signs your engines.",
 )
 def build(

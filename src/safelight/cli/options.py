@@ -33,6 +33,7 @@ def model_options(command: Command) -> Command:
             "--engine-key",
             type=click.Path(path_type=Path),
             envvar="SAFELIGHT_ENGINE_KEY",
+            show_envvar=True,
             help="File of the key that signs your TensorRT engines.",
         ),
     ):
