@@ -16,6 +16,7 @@ from safelight.engine.doctor import cores
 from safelight.engine.engines.flavour import choose_flavour
 from safelight.engine.engines.store import Record
 from safelight.export.engines.build import build_engine, check_target
+from safelight.export.engines.compile import peak_bytes
 from safelight.export.engines.profiles import profile, usual_batches
 
 REFCHECK = "largest relative difference of an output from float32, as a share of what is allowed"
@@ -30,8 +31,8 @@ def measure(
     batches: tuple[int, ...] | None = None,
     told: Callable[[str], None] = lambda line: None,
 ) -> list[Row]:
-    """Four rows a graph: seconds, processor seconds, peak memory, size. The bundle's own engines are neither
-    used nor changed.
+    """Five rows a graph: seconds, processor seconds, peak memory of the build and, up to and with this graph,
+    of the comparison before it, size. The bundle's own engines are neither used nor changed.
     """
     opened = open_bundle(bundle)
     flavour = choose_flavour(None)
@@ -85,5 +86,6 @@ def _rows(name: str, record: Record, shape: str) -> list[Row]:
         row(record.build_s, "s"),
         row(record.cpu_s, "s of processor time"),
         row(record.peak_bytes / 1e9, "GB peak"),
+        row(peak_bytes() / 1e9, "GB peak of comparing with float32"),
         row(record.size_bytes / 1e6, "MB engine"),
     ]

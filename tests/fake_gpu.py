@@ -63,7 +63,15 @@ class Library:
     def _forget(self, handle):
         return 0 if self.live.pop(handle.value, None) is not None else 1
 
-    _cudaFree = _cudaFreeHost = _cudaGraphExecDestroy = _forget
+    _cudaGraphExecDestroy = _forget
+
+    def _free(self, handle):
+        """As on a device, memory goes once all queued work is done."""
+        for stream in self.queues:
+            self._drain(stream)
+        return self._forget(handle)
+
+    _cudaFree = _cudaFreeHost = _free
 
     def _cudaStreamCreateWithFlags(self, out, flags):
         out._obj.value = self._handle("stream")
@@ -80,7 +88,10 @@ class Library:
     def _cudaStreamSynchronize(self, stream):
         if stream.value in self.capturing:
             return 900
-        work, self.queues[stream.value] = self.queues[stream.value], []
+        self._drain(stream.value)
+
+    def _drain(self, stream):
+        work, self.queues[stream] = self.queues[stream], []
         for step in work:
             step()
 

@@ -8,6 +8,7 @@ graph and waits once. Plans of a stage take turns and share the memory for what 
 import threading
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -150,6 +151,8 @@ class TensorRTStage:
                         self._enqueue(plan)
                     plan.graph = captured[0]
             except BaseException:
+                with suppress(SafelightError):  # what was queued reads and writes what is freed next
+                    self._cuda.wait(self._stream)
                 self._free(plan)
                 raise
             self._plans[key_of(axes)] = plan
