@@ -66,6 +66,10 @@ torch.ones(2, 2) @ torch.ones(2, 2)
 gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
 print("torch", torch.__version__, "diffusers", diffusers.__version__, "-", gpu)
 """
+_TENSORRT = """
+from safelight.engine.backends.tensorrt import describe
+print(describe())
+"""
 _EXPORT = """
 import onnx, onnxscript, torch
 print("onnx", onnx.__version__, "onnxscript", onnxscript.__version__)
@@ -74,6 +78,7 @@ print("onnx", onnx.__version__, "onnxscript", onnxscript.__version__)
 PROBES = (
     Probe("onnxruntime", "backend", _ORT, None),
     Probe("torch", "backend", _TORCH, "torch"),
+    Probe("tensorrt", "backend", _TENSORRT, "tensorrt"),
     Probe("export", "extra", _EXPORT, "export"),
     Probe(
         "parquet",

@@ -24,6 +24,7 @@ from safelight.engine.bundle import Bundle, open_bundle
 from safelight.errors import BackendUnavailable, BundleError, ShapeError
 from safelight.manifest import GRAPHS, GraphEntry, Manifest, TensorSpec
 
+ANYWHERE = tuple(name for name in BACKENDS if name != "tensorrt")  # that one takes a GPU and a build
 HANDMADE = runpy.run_path(str(Path(__file__).with_name("handmade.py")))
 
 
@@ -35,7 +36,7 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     return open_bundle(folder)
 
 
-@pytest.fixture(scope="module", params=BACKENDS)
+@pytest.fixture(scope="module", params=ANYWHERE)
 def checker(request, tiny_bundle: Path, tiny_model: Path) -> Stage:
     """The real safety checker on each backend."""
     model = tiny_model if request.param == "torch" else None
@@ -75,7 +76,7 @@ def test_the_backends_agree(tiny_bundle: Path, tiny_model: Path) -> None:
     lengths = {"batch": 3}
     for graph in set(GRAPHS) - {"detector"}:
         found = []
-        for name in BACKENDS:
+        for name in ANYWHERE:
             stage = open_backend(name, bundle, model=tiny_model if name == "torch" else None).stage(graph)
             stage.plan(**lengths)
             generator = np.random.default_rng(1)
@@ -289,9 +290,9 @@ def test_a_graph_that_disagrees_with_the_manifest_does_not_run(small: Bundle) ->
         stage.run({"x": np.zeros((2, 5), np.float32)})
 
 
-@pytest.mark.parametrize("name", ["", "ONNXRuntime", "tensorrt", "os", "../torch"])
+@pytest.mark.parametrize("name", ["", "ONNXRuntime", "cuda", "os", "../torch"])
 def test_an_unknown_backend_is_the_callers_mistake(small: Bundle, name: str) -> None:
-    with pytest.raises(ValueError, match=r"backend must be one of \('onnxruntime', 'torch'\); got"):
+    with pytest.raises(ValueError, match=r"backend must be one of \('onnxruntime', 'torch', .*'\); got"):
         open_backend(name, small)
 
 

@@ -76,8 +76,8 @@ def test_exit_code(arguments: list[str], code: int) -> None:
     assert result.exit_code == code
     if code == 2:
         assert (
-            result.stderr
-            == "safelight: no backend 'cuda'; there are onnxruntime, torch; see: safelight doctor --help\n"
+            result.stderr == "safelight: no backend 'cuda'; "
+            f"there are {', '.join(BACKENDS)}; see: safelight doctor --help\n"
         )
     else:
         assert "do: pip install 'safelight[torch]'" in result.stdout and result.stderr == ""
@@ -88,4 +88,4 @@ def test_json() -> None:
     result = json.loads(CliRunner().invoke(main, ["doctor", "--json"]).stdout)
     assert [row["usable"] for row in result["findings"]] == [True, False, False]
     assert {"safelight", "python", "cpu", "cores", "cpu_flags"} <= set(result["machine"])
-    assert {row["name"] for row in result["findings"] if row["kind"] == "backend"} == set(BACKENDS)
+    assert {row["name"] for row in result["findings"] if row["kind"] == "backend"} <= set(BACKENDS)

@@ -41,6 +41,8 @@ REASONS: dict[str, str] = {
             "tests/test_backends.py",
             "tests/test_cascade.py",
             "tests/test_detect.py",
+            "tests/test_engine_build.py",
+            "tests/test_engine_store.py",
             "tests/test_export.py",
             "tests/test_generate.py",
             "tests/test_guidance.py",

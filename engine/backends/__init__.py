@@ -19,8 +19,12 @@ from safelight.errors import BackendUnavailable, ShapeError
 from safelight.manifest import GraphEntry, TensorSpec
 
 Array = NDArray[Any]
-BACKENDS = ("onnxruntime", "torch")
-_NEEDS = {"onnxruntime": "onnxruntime", "torch": "safelight[torch]"}  # what pip is asked for
+BACKENDS = ("onnxruntime", "torch", "tensorrt")
+_NEEDS = {
+    "onnxruntime": "onnxruntime",
+    "torch": "safelight[torch]",
+    "tensorrt": "safelight[tensorrt]",
+}  # what pip is asked for
 
 
 class Stage(Protocol):

@@ -28,6 +28,13 @@ CODE = frozenset(
 )
 
 _TOKENIZERS = frozenset({"CLIPTokenizer", "CLIPTokenizerFast", "TokenizersBackend"})
+ENGINES = "engines"  # the folder that belongs to the engine store, whose files are signed and checked there
+_ENGINE_FILE = re.compile(
+    r"engines/(?:[0-9a-f]{64}\.lock|timing/[a-z0-9_.-]{1,100}\.cache"
+    r"|[0-9a-f]{64}(?:\.partial)?/(?:engine\.plan|engine\.json|signature)"
+    r"|[0-9a-f]{64}\.partial/(?:model\.onnx|model\.onnx_data|timing\.cache))"
+)
+
 CLASSES = {
     "pipeline": frozenset({"StableDiffusionPipeline", "StableDiffusionXLPipeline"}),
     "unet": frozenset({"UNet2DConditionModel"}),
@@ -124,7 +131,16 @@ def list_files(root: Path) -> Iterator[str]:
 
 
 def check_kind(root: Path, name: str, *, listed: bool) -> None:
-    """Raises BundleError where a file of this kind may not lie in a bundle."""
+    """Raises BundleError where a file of this kind may not lie in a bundle.
+
+    Files of the engine store may lie there, and never be listed: they are this machine's, not the bundle's.
+    """
+    if name.startswith(f"{ENGINES}/"):
+        if listed or not _ENGINE_FILE.fullmatch(name):
+            raise BundleError(
+                f"{root / name} is no file of an engine; delete it, and build engines with `safelight build`"
+            )
+        return
     suffix = PurePosixPath(name).suffix.lower()
     if suffix in CODE:
         raise BundleError(

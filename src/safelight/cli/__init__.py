@@ -12,6 +12,7 @@ from typing import Any
 import click
 
 from safelight import __version__
+from safelight.cli.build import build
 from safelight.cli.bundle import export, inspect, synth, verify
 from safelight.cli.calibration import calibrate
 from safelight.cli.data import data
@@ -87,6 +88,7 @@ for command in (
     generate,
     export,
     verify,
+    build,
     inspect,
     synth,
     calibrate,

@@ -115,6 +115,32 @@ def bench_startup(bundle: str, repeats: int, model: Path, out: Path) -> None:
     _report(measure(bundle, repeats=repeats, model=model), out / "startup.csv")
 
 
+@bench.command("engines")
+@BUNDLE
+@click.option("--graph", "graphs", multiple=True, help="Of these graphs alone.  [default: all of the bundle]")
+@click.option("--target", default="sm_89", show_default=True, help="GPU architecture.")
+@click.option("--precision", type=click.Choice(["fp16", "bf16", "fp32"]), default="fp16", show_default=True)
+@click.option("--batch", help="Rows of a run, ascending.  [default: what the bundle's screening asks for]")
+@OUT
+def bench_engines(
+    bundle: str, target: str, *, graphs: tuple[str, ...], precision: str, batch: str | None, out: Path
+) -> None:
+    """Seconds, peak memory and size of building each graph's TensorRT engine; the bundle stays as it is."""
+    from safelight.bench.engines import measure
+    from safelight.cli.build import whole_numbers
+
+    batches = None if batch is None else whole_numbers(batch, "--batch")
+    rows = measure(
+        bundle,
+        graphs=graphs,
+        target=target,
+        precision=precision,
+        batches=batches,
+        told=lambda line: click.echo(f"safelight: {line}", err=True),
+    )
+    _report(rows, out / "engines.csv")
+
+
 @bench.command("export")
 @click.argument("name")
 @click.option(

@@ -1,6 +1,7 @@
 """Options that several commands share, and how a detector is opened from them."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
@@ -28,6 +29,13 @@ def model_options(command: Command) -> Command:
             "--backend", default="onnxruntime", show_default=True, help="Never replaced by another."
         ),
         click.option("--bundle", default="shapes", show_default=True, help="`shapes`, or a bundle folder."),
+        click.option(
+            "--engine-key",
+            type=click.Path(path_type=Path),
+            envvar="SAFELIGHT_ENGINE_KEY",
+            show_envvar=True,
+            help="File of the key that signs your TensorRT engines.",
+        ),
     ):
         command = option(command)
     return command
@@ -65,7 +73,7 @@ def open_detector(options: dict[str, Any]) -> "Detector":
     from safelight.engine.bundle import open_bundle
     from safelight.engine.detect import Detector
 
-    bundle = open_bundle(options.pop("bundle"))
+    bundle = open_bundle(options.pop("bundle"), engine_key=options.pop("engine_key", None))
     changed = {
         name: options.pop(name, None) for name in ("kind", "target", "count", "angle_rad", "threshold")
     }

@@ -1,0 +1,68 @@
+"""Which engine of a bundle runs a graph on this machine, or in one line why none does. Opens no engine."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from safelight.engine.bundle import Bundle
+from safelight.engine.engines.fingerprint import Parts, here
+from safelight.engine.engines.flavour import Flavour
+from safelight.engine.engines.key import read_key, usual_key
+from safelight.engine.engines.store import Record, engines_folder, read_records
+from safelight.errors import BackendUnavailable, BundleError
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """An engine that may be loaded, by whom, and the command that would build it anew."""
+
+    folder: Path
+    record: Record
+    flavour: Flavour
+    remedy: str
+
+
+def find_engine(bundle: Bundle, graph: str, *, flavours: tuple[Flavour, ...], target: str) -> Found:
+    """The engine of a graph that was built last, of those that agree with the bundle and this machine.
+
+    Raises BackendUnavailable where there is none, with the parts in which the nearest differs, and
+    BundleError where what lies there cannot be trusted; both with the command that builds one.
+    """
+    key_file, engines = bundle.engine_key or usual_key(), engines_folder(bundle.folder)
+    build = build_command(bundle.folder, graph, target)
+    if not engines.is_dir():
+        raise BackendUnavailable(f"tensorrt: no engine of {graph} was built for {bundle.folder}; do: {build}")
+    usable: list[Found] = []
+    stale: list[tuple[Parts, list[str]]] = []
+    distrusted: list[BundleError] = []
+    for folder, record in read_records(engines, read_key(key_file)):
+        if isinstance(record, BundleError):
+            distrusted.append(record)
+            continue
+        if record.parts.graph != graph:
+            continue
+        differing = []
+        for flavour in flavours:
+            wrong = here(bundle.manifest, graph, flavour, target).differences(record.parts)
+            if not wrong:
+                remedy = build_command(bundle.folder, graph, target, record.parts.precision)
+                usable.append(Found(folder, record, flavour, remedy))
+            differing.append(wrong)
+        stale.append((record.parts, min(differing, key=len)))
+    if usable:
+        return max(usable, key=lambda found: (found.record.built_at, found.folder.name))
+    if stale:
+        parts, wrong = min(stale, key=lambda pair: len(pair[1]))
+        raise BackendUnavailable(
+            f"tensorrt: the engine {parts.fingerprint[:12]} of {graph} is stale: it differs in "
+            f"{', '.join(wrong)}; "
+            f"do: {build_command(bundle.folder, graph, target, parts.precision)}"
+        )
+    if distrusted:
+        raise BundleError(f"tensorrt: {distrusted[0]}; do: {build}")
+    raise BackendUnavailable(f"tensorrt: no engine of {graph} was built for {bundle.folder}; do: {build}")
+
+
+def build_command(bundle: Path, graph: str, target: str, precision: str | None = None) -> str:
+    """What a user types to build an engine."""
+    chosen = f" --precision {precision}" if precision else ""
+    return f"safelight build {bundle} --backend tensorrt --target {target} --graph {graph}{chosen}"
