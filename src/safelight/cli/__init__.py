@@ -19,7 +19,7 @@ from safelight.cli.defence import defend
 from safelight.cli.distil import distill
 from safelight.cli.evaluation import evaluate
 from safelight.cli.generation import generate
-from safelight.cli.measure import bench, doctor
+from safelight.cli.measure import bench, doctor, tune
 from safelight.cli.screening import screen
 from safelight.errors import SafelightError
 
@@ -29,6 +29,7 @@ EXTRAS = {
     **dict.fromkeys(("onnx", "onnxscript", "onnx_ir"), "export"),
     **dict.fromkeys(("tqdm", "accelerate", "peft"), "train"),
     **dict.fromkeys(("matplotlib",), "plot"),
+    **dict.fromkeys(("openvino", "nncf"), "openvino"),
     **dict.fromkeys(("pyarrow",), "parquet"),
 }
 INTERRUPTED = 130
@@ -89,6 +90,7 @@ for command in (
     synth,
     calibrate,
     doctor,
+    tune,
     bench,
     evaluate,
     data,
