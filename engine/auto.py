@@ -1,8 +1,8 @@
 """`backend="auto"`: what `tune` measured to be fastest here, else a rule that needs no measurement.
 
 The rule takes backends that compute in float32 alone, which need no proof that they agree on this bundle.
-It looks at what is installed and runs nothing: should its choice not start, that is an error, and nothing else
-is tried in its place.
+It looks at what is installed and runs nothing: should its choice not start, that is an error, and nothing
+else is tried in its place.
 """
 
 import warnings

@@ -36,8 +36,8 @@ def tune(
 ) -> tuple[Path, Tuned]:
     """Measure, write the file and return its path and value. One backend is open at a time.
 
-    All probes are evaluated. Agreement is over all `prompts`; times, `repeats` of them, are of whole checks of
-    the first. Raises ValueError without prompts, and SafelightError where the reference cannot screen one.
+    All probes are evaluated. Agreement is over all `prompts`; times, `repeats` of them, are of whole checks
+    of the first. Raises ValueError without prompts, and SafelightError where the reference cannot screen one.
     """
     if not prompts:
         raise ValueError("tune needs at least one prompt to compare verdicts on; got none")

@@ -93,7 +93,7 @@ def _devices(provider: Provider, backend: str) -> list[Any]:
         return []
     if provider.plugin is None:
         raise BackendUnavailable(
-            f"{backend}: this onnxruntime has no {provider.name}, only {available}; {remedy}"
+            f"{backend}: this onnxruntime has no {provider.name}, only {', '.join(available)}; {remedy}"
         )
     try:
         plugin = import_module(provider.plugin)

@@ -166,6 +166,52 @@ def bench_startup(bundle: str, repeats: int, model: Path, out: Path) -> None:
     _report(measure(bundle, repeats=repeats, model=model), out / "startup.csv")
 
 
+@bench.command("cpu")
+@BUNDLE
+@MODEL
+@click.option("--probes", type=click.IntRange(1), multiple=True, default=(1, 8), show_default=True)
+@click.option("--repeats", type=click.IntRange(1), default=5, show_default=True, help="Timed checks a path.")
+@click.option("--threads", type=click.IntRange(1), help="Processor threads.  [default: all]")
+@click.option("--only", default="", help="Paths whose name holds this, and what they are compared with.")
+@click.option(
+    "--work",
+    type=click.Path(path_type=Path),
+    default=Path("out/bench-cpu"),
+    show_default=True,
+    help="Keeps what is measured, so that a run that was cut off goes on.",
+)
+@OUT
+def bench_cpu(
+    bundle: str,
+    model: Path,
+    probes: tuple[int, ...],
+    repeats: int,
+    threads: int | None,
+    only: str,
+    work: Path,
+    out: Path,
+) -> None:
+    """Every path on a processor: ours by backend and checker, plain and tuned diffusers, OpenVINO by component.
+
+    Each in a process of its own, its rows written as soon as it is measured.
+    """
+    from safelight.bench.cpu_paths import measure
+    from safelight.engine.doctor import cores
+
+    for count in probes:
+        measure(
+            bundle,
+            model,
+            probes=count,
+            threads=threads or cores(),
+            repeats=repeats,
+            work=work,
+            only=only,
+            on_rows=lambda rows: _report(rows, out / "cpu_paths.csv"),
+            on_line=lambda line: click.echo(f"safelight: {line}", err=True),
+        )
+
+
 @bench.command("export")
 @click.argument("name")
 @click.option(
