@@ -1,7 +1,8 @@
 """What a user of OpenVINO would write without this project: a compiled graph a component, host code between.
 
 Text encoder, UNet, decoder and safety checker of the bundle, compiled with OpenVINO's own defaults (bfloat16
-where the processor has it, the latency hint), all probes in one batch; rotation, x0 and preprocessing in numpy.
+where the processor has it, the latency hint), all probes in one batch; rotation, x0 and preprocessing are
+numpy.
 """
 
 from typing import Any
@@ -21,8 +22,9 @@ PARTS = ("text_encoder", "unet", "vae_decoder", "safety_checker")
 
 
 class OvComponents:
-    """The components, and the probes of one request. Raises SafelightError for a bundle whose one-step UNet is
-    not its UNet: no component graph holds it.
+    """The components, and the probes of one request.
+
+    Raises SafelightError for a bundle whose one-step UNet is not its UNet: no component graph holds it.
     """
 
     def __init__(self, bundle: Bundle, probe: ProbeConfig, prompt: str, *, seed: int) -> None:

@@ -191,7 +191,7 @@ def bench_cpu(
     work: Path,
     out: Path,
 ) -> None:
-    """Every path on a processor: ours by backend and checker, plain and tuned diffusers, OpenVINO by component.
+    """Every path on a processor: ours by backend and checker, diffusers plain and tuned, OpenVINO by part.
 
     Each in a process of its own, its rows written as soon as it is measured.
     """
