@@ -3,6 +3,7 @@
 import json
 import shutil
 import warnings
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,6 +20,14 @@ TOLERANCE = {
     np.float32: {"rtol": 1e-5, "atol": 1e-6},
     torch.float16: {"rtol": 1e-3, "atol": 1e-3},
 }
+
+
+@pytest.fixture(scope="session", autouse=True)
+def own_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """A home for the tests: what is compiled here is kept for them alone."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HOME", str(tmp_path_factory.mktemp("home")))
+        yield
 
 
 @pytest.fixture(scope="session")

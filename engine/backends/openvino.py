@@ -83,7 +83,7 @@ class OvStage:
                     f"{self._spec.path}: {axes} is not planned; call plan with these lengths first"
                 )
             request, outputs = self._requests[lane], planned[lane]
-            bound = {name: np.require(value, requirements="CW") for name, value in inputs.items()}
+            bound = {name: np.require(value, requirements=("C", "W")) for name, value in inputs.items()}
             for name, value in (*bound.items(), *outputs.items()):
                 request.set_tensor(name, ov.Tensor(value, shared_memory=True))
             _finish(request, deadline)
