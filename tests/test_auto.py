@@ -1,5 +1,6 @@
-"""`auto` takes what was measured here and now, or says why it does not; by rule it takes float32 alone. `tune`
-excludes who judges otherwise.
+"""`auto` takes what was measured here and now, or says why it does not; by rule it takes float32 alone.
+
+`tune` excludes who judges otherwise.
 """
 
 import json

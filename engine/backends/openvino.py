@@ -158,14 +158,21 @@ class OvBackend:
             "machine": [cpu_name(), *(cpu_flags() or ())],
             "settings": settings,
         }
-        with compiled_cache("openvino", key) as folder:
-            cached = {} if folder is None else {"CACHE_DIR": str(folder)}
-            try:
-                return self._core.compile_model(path, "CPU", settings | cached)
-            except RuntimeError as fault:
-                raise BundleError(
-                    f"{path} cannot be opened by OpenVINO ({fault}); export the bundle again"
-                ) from fault
+        try:
+            with compiled_cache("openvino", key) as folder:
+                if folder is None:
+                    return self._core.compile_model(path, "CPU", settings)
+                # The compiled graph alone would hold all weights in float32. In OpenVINO's own form they lie
+                # beside it as the bundle stores them, and are mapped from there.
+                own = folder / "graph.xml"
+                if not own.exists():
+                    ov.save_model(self._core.read_model(path), own, compress_to_fp16=False)
+                cached = {"CACHE_DIR": str(folder), "CACHE_MODE": "OPTIMIZE_SIZE"}
+                return self._core.compile_model(own, "CPU", settings | cached)
+        except RuntimeError as fault:
+            raise BundleError(
+                f"{path} cannot be opened by OpenVINO ({fault}); export the bundle again"
+            ) from fault
 
 
 def _where(compiled: Any) -> tuple[list[str], str]:
