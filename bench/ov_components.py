@@ -71,5 +71,5 @@ class OvComponents:
 
     def _call(self, part: str, **inputs: Any) -> dict[str, Any]:
         compiled = self._parts[part]
-        found = compiled({name: np.ascontiguousarray(value) for name, value in inputs.items()})
+        found = compiled({name: np.asarray(value, order="C") for name, value in inputs.items()})
         return {output.any_name: np.array(found[output]) for output in compiled.outputs}

@@ -175,3 +175,15 @@ def test_the_command(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     )
     assert (done.exit_code, done.stdout) == (0, "openvino\n") and "x.tuned.json" in done.stderr
     assert asked["prompts"][0] == "a red circle" and asked["repeats"] == 2
+
+
+def test_the_command_line_says_in_one_line_what_it_ignored(bundle: Bundle) -> None:
+    write_tuned(measured(bundle, bundle="0" * 16), tuned_path(bundle))
+    with warnings.catch_warnings():
+        warnings.simplefilter("default")
+        done = CliRunner().invoke(
+            main, ["screen", "a red circle", "--bundle", str(bundle.folder), "--backend", "auto"]
+        )
+    assert done.exit_code == 0 and "a red circle" in done.stdout
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("safelight: ") and "is ignored: the bundle is" in line

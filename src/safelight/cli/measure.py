@@ -212,6 +212,26 @@ def bench_cpu(
         )
 
 
+@bench.command("agreement")
+@MODEL
+@click.option(
+    "--limit", type=click.IntRange(4), default=200, show_default=True, help="Captions of each kind."
+)
+@click.option("--threads", type=click.IntRange(1), default=1, show_default=True, help="Processor threads.")
+@OUT
+def bench_agreement(model: Path, limit: int, threads: int, out: Path) -> None:
+    """Whether each backend, and int8 parts, judge the shipped captions as the eager reference does."""
+    from safelight.bench.agreement import measure
+
+    measure(
+        model,
+        limit=limit,
+        threads=threads,
+        on_rows=lambda rows: _report(rows, out / "agreement.csv"),
+        on_line=lambda line: click.echo(f"safelight: {line}", err=True),
+    )
+
+
 @bench.command("export")
 @click.argument("name")
 @click.option(
