@@ -3,6 +3,8 @@ and never stale.
 """
 
 import runpy
+import subprocess
+import sys
 import threading
 import time
 import warnings
@@ -329,3 +331,34 @@ def test_a_cache_that_works_says_nothing(home: Path, small: Bundle) -> None:
         warnings.simplefilter("error", RuntimeWarning)
         run(small)
         run(small)
+
+
+FULL = """
+import resource, sys, warnings
+import numpy as np
+from safelight.engine.backends import open_backend
+from safelight.engine.bundle import open_bundle
+bundle = open_bundle("shapes")
+resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[1]), int(sys.argv[1])))
+with warnings.catch_warnings(record=True) as said:
+    warnings.simplefilter("always")
+    stage = open_backend("openvino", bundle, threads=1).stage("latent_checker")
+stage.plan(batch=1)
+found = stage.run({"latents": np.ones((1, 4, 8, 8), np.float32)})["margins"]
+print(repr(float(found[0, 0])), sum(issubclass(item.category, RuntimeWarning) for item in said))
+"""
+
+
+@pytest.mark.parametrize("limit", [0, 1000, 100_000])
+def test_a_disk_that_takes_no_more_changes_no_margin(home: Path, limit: int) -> None:
+    """No file may grow beyond the limit: what OpenVINO writes is cut off, sooner or later."""
+    stage = open_backend("onnxruntime", open_bundle("shapes"), threads=1).stage("latent_checker")
+    stage.plan(batch=1)
+    expected = stage.run({"latents": np.ones((1, 4, 8, 8), np.float32)})["margins"][0, 0]
+    for size in (limit, 10**9):
+        command = [sys.executable, "-P", "-c", FULL, str(size)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+        assert done.returncode == 0, done.stderr[-500:]
+        margin, said = done.stdout.split()
+        assert float(margin) == pytest.approx(float(expected), abs=1e-5)
+        assert int(said) == (size == limit)

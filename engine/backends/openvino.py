@@ -7,6 +7,7 @@ the large graphs in bfloat16 where the processor has it.
 
 import threading
 import time
+import warnings
 from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
@@ -158,21 +159,34 @@ class OvBackend:
             "machine": [cpu_name(), *(cpu_flags() or ())],
             "settings": settings,
         }
+        lost = ""
         try:
             with compiled_cache("openvino", key) as folder:
-                if folder is None:
-                    return self._core.compile_model(path, "CPU", settings)
-                # The compiled graph alone would hold all weights in float32. In OpenVINO's own form they lie
-                # beside it as the bundle stores them, and are mapped from there.
-                own = folder / "graph.xml"
-                if not own.exists():
-                    ov.save_model(self._core.read_model(path), own, compress_to_fp16=False)
-                cached = {"CACHE_DIR": str(folder), "CACHE_MODE": "OPTIMIZE_SIZE"}
-                return self._core.compile_model(own, "CPU", settings | cached)
+                if folder is not None:
+                    return self._compile_kept(path, folder, settings)
+        except RuntimeError as fault:
+            lost = f"what openvino compiled of {path} could not be kept ({fault}); make room on the disk"
+        try:
+            compiled = self._core.compile_model(path, "CPU", settings)
         except RuntimeError as fault:
             raise BundleError(
                 f"{path} cannot be opened by OpenVINO ({fault}); export the bundle again"
             ) from fault
+        if lost:
+            warnings.warn(lost, RuntimeWarning, stacklevel=3)
+        return compiled
+
+    def _compile_kept(self, path: Path, folder: Path, settings: dict[str, Any]) -> Any:
+        """Compile by way of `folder`.
+
+        OpenVINO's compiled form alone would hold all weights in float32: in its own form of the graph they
+        lie as the bundle stores them, and are mapped from there.
+        """
+        own = folder / "graph.xml"
+        if not own.exists():
+            ov.save_model(self._core.read_model(path), own, compress_to_fp16=False)
+        cached = {"CACHE_DIR": str(folder), "CACHE_MODE": "OPTIMIZE_SIZE"}
+        return self._core.compile_model(own, "CPU", settings | cached)
 
 
 def _where(compiled: Any) -> tuple[list[str], str]:
