@@ -242,6 +242,19 @@ def test_a_graph_that_runs_otherwise_than_asked_is_an_error(
         backend.stage("detector")
 
 
+def test_weights_beside_a_graph_are_read_and_kept(home: Path, tmp_path: Path) -> None:
+    HANDMADE["build"](tmp_path / "beside")
+    data = np.array([4, 3, 2, 1], np.float32)
+    (tmp_path / "beside" / "unet" / "model.onnx_data").write_bytes(data.tobytes())
+    HANDMADE["seal"](tmp_path / "beside")
+    bundle = open_bundle(tmp_path / "beside")
+    for _ in range(2):
+        stage = open_backend("openvino", bundle, threads=1).stage("unet")
+        stage.plan(n=2)
+        assert stage.run(add(2, 1))["y"].tolist() == [[5, 4, 3, 2]] * 2
+    assert stage._compiled.get_property("LOADED_FROM_CACHE")
+
+
 def test_what_openvino_cannot_open_is_named(small: Bundle) -> None:
     backend = open_backend("openvino", small)
     with pytest.raises(BundleError, match="has no vae_decoder; export"):
