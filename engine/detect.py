@@ -85,7 +85,7 @@ class Detector:
         timeout_s: float | None = None,
         early_exit: bool = True,
     ) -> "Detector":
-        """Open a bundle (`shapes` is the shipped one) on a backend (`onnxruntime` or `torch`).
+        """Open a bundle (`shapes` is the shipped one) on a backend: a name that `doctor` lists, or `auto`.
 
         `probe` may be stricter than the bundle's calibrated settings, never looser. `steps` 1 probes with the
         one-step model (CROPS-1), more with the full model in that many steps (CROPS). `checker` says who

@@ -1,7 +1,8 @@
 """What can run here: one finding per backend and per extra, with the command that mends what is missing.
 
-Each is tried in a process of its own, so that a library that crashes or hangs on import is a finding, not the
-end. Nothing is repaired and no backend is chosen in place of another.
+A backend is usable where it has run a shipped graph. Each is tried in a process of its own, so that a library
+that crashes or hangs on import is a finding, not the end. Nothing is repaired and no backend is chosen in
+place of another.
 """
 
 import os
@@ -24,7 +25,10 @@ ISA_FLAGS = (
 
 @dataclass(frozen=True, slots=True)
 class Probe:
-    """How one backend or extra is tried: `code` runs it and prints versions and devices on one line."""
+    """How one backend or extra is tried: `code` runs it and prints versions and devices on one line.
+
+    What it says on stderr after `; do: ` is what mends it, instead of the installation of `extra`.
+    """
 
     name: str
     kind: str
@@ -37,7 +41,7 @@ class Probe:
         return (
             f"pip install 'safelight[{self.extra}]'"
             if self.extra
-            else f"pip install --force-reinstall {self.name}"
+            else f"pip install --force-reinstall {self.name.partition(':')[0]}"
         )
 
 
@@ -54,17 +58,28 @@ class Finding:
     remedy: str = ""
 
 
-_ORT = """
-import onnxruntime as o
-from onnxruntime.capi import _pybind_state as s
-s.SessionOptions()
-print("onnxruntime", o.__version__, "-", ", ".join(o.get_available_providers()))
+_TRIAL = """
+import {library} as library
+from safelight.engine import trial
+from safelight.errors import SafelightError
+try:
+    ran = trial.run("{name}")
+except SafelightError as fault:
+    raise SystemExit(" ".join(str(fault).split())) from None
+print("{library}", library.__version__.partition("-")[0], "-", ran)
 """
 _TORCH = """
 import torch, diffusers, transformers, safetensors
 torch.ones(2, 2) @ torch.ones(2, 2)
 gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
 print("torch", torch.__version__, "diffusers", diffusers.__version__, "-", gpu)
+"""
+_TORCH_CUDA = """
+import torch
+if not torch.cuda.is_available():
+    raise SystemExit(f"torch {torch.__version__} finds no GPU; do: nvidia-smi, and get a CUDA build of torch")
+torch.ones(2, 2, device="cuda") @ torch.ones(2, 2, device="cuda")
+print("torch", torch.__version__, "-", torch.cuda.get_device_name(), torch.version.cuda)
 """
 _TENSORRT = """
 from safelight.engine.backends.tensorrt import describe
@@ -75,10 +90,24 @@ import onnx, onnxscript, torch
 print("onnx", onnx.__version__, "onnxscript", onnxscript.__version__)
 """
 
+
+def _tried(name: str, extra: str | None) -> Probe:
+    """A backend that runs the bundle's own graphs."""
+    code = _TRIAL.replace("{name}", name).replace("{library}", name.partition(":")[0])
+    return Probe(name, "backend", code, extra)
+
+
 PROBES = (
-    Probe("onnxruntime", "backend", _ORT, None),
-    Probe("torch", "backend", _TORCH, "torch"),
+    _tried("onnxruntime", None),
+    _tried("onnxruntime:cuda", None),
+    _tried("onnxruntime:cuda-graph", None),
+    _tried("onnxruntime:tensorrt", None),
+    _tried("onnxruntime:nv_tensorrt_rtx", None),
+    _tried("openvino", "openvino"),
+    _tried("openvino:bf16", "openvino"),
     Probe("tensorrt", "backend", _TENSORRT, "tensorrt"),
+    Probe("torch", "backend", _TORCH, "torch"),
+    Probe("torch:cuda", "device", _TORCH_CUDA, "torch"),
     Probe("export", "extra", _EXPORT, "export"),
     Probe(
         "parquet",
@@ -102,9 +131,10 @@ def try_probe(probe: Probe, timeout_s: float = TIMEOUT_S) -> Finding:
     detail = lines[-1] if lines else f"ended with code {done.returncode}"
     if done.returncode < 0:
         detail = f"killed by signal {-done.returncode}"
-    return Finding(
-        probe.name, probe.kind, done.returncode == 0, detail, "" if done.returncode == 0 else probe.remedy
-    )
+    if done.returncode == 0:
+        return Finding(probe.name, probe.kind, True, detail)
+    why, _, remedy = detail.partition("; do: ")
+    return Finding(probe.name, probe.kind, False, why, remedy or probe.remedy)
 
 
 def examine(probes: tuple[Probe, ...] = PROBES) -> tuple[Finding, ...]:
@@ -138,6 +168,16 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def gpus() -> tuple[str, ...]:
+    """Name, driver and compute capability of each NVIDIA GPU, as its driver's own tool says them."""
+    command = ["nvidia-smi", "--query-gpu=name,driver_version,compute_cap", "--format=csv,noheader"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_S, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return ()
+    return tuple(done.stdout.strip().splitlines()) if done.returncode == 0 else ()
+
+
 def machine() -> dict[str, Any]:
     """Versions, system and processor, as plain values."""
     return {
@@ -147,4 +187,5 @@ def machine() -> dict[str, Any]:
         "cpu": cpu_name(),
         "cores": cores(),
         "cpu_flags": cpu_flags(),
+        "gpu": gpus() or "none",
     }

@@ -14,7 +14,47 @@ from safelight.engine.doctor import BACKENDS, PROBES, Finding, Probe, cpu_flags,
 def test_the_lean_backend_is_usable_here() -> None:
     finding = try_probe(PROBES[0])
     assert (finding.name, finding.usable, finding.remedy) == ("onnxruntime", True, "")
-    assert "CPUExecutionProvider" in finding.detail
+    assert finding.detail.endswith("- onnxruntime CPUExecutionProvider")  # what ran says so itself
+
+
+def test_every_backend_has_a_row() -> None:
+    from safelight.engine import backends
+
+    assert set(backends.BACKENDS) <= set(BACKENDS)
+
+
+def test_usable_means_that_a_graph_ran() -> None:
+    (bf16,) = (probe for probe in PROBES if probe.name == "openvino:bf16")
+    finding = try_probe(bf16)
+    if {"avx512_bf16", "amx_bf16"} & set(cpu_flags() or ()):
+        assert finding.usable and finding.detail.endswith("openvino CPU bf16")
+    else:
+        assert finding.remedy == "ask for openvino, which computes in float32"
+
+
+@pytest.mark.skipif(bool(doctor.gpus()), reason="there is a GPU here")
+def test_a_provider_that_is_missing_has_its_command() -> None:
+    (cuda,) = (probe for probe in PROBES if probe.name == "onnxruntime:cuda")
+    finding = try_probe(cuda)
+    assert not finding.usable and "CUDAExecutionProvider" in finding.detail and "do:" not in finding.detail
+    assert finding.remedy == "pip install 'onnxruntime-gpu[cuda,cudnn]'"
+
+
+def test_what_a_library_says_mends_it_comes_before_its_installation() -> None:
+    code = "raise SystemExit('no driver; do: nvidia-smi')"
+    finding = try_probe(Probe("thing", "backend", code, "torch"))
+    assert (finding.detail, finding.remedy) == ("no driver", "nvidia-smi")
+
+
+def test_gpus_are_what_their_driver_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert doctor.gpus() == () and doctor.machine()["gpu"] == "none"
+    tool = tmp_path / "nvidia-smi"
+    tool.write_text("#!/bin/sh\necho 'NVIDIA L4, 580.1, 8.9'\n")
+    tool.chmod(0o755)
+    assert doctor.gpus() == ("NVIDIA L4, 580.1, 8.9",) == doctor.machine()["gpu"]
+    tool.write_text("#!/bin/sh\necho 'no devices were found'\nexit 6\n")
+    assert doctor.gpus() == ()
 
 
 @pytest.mark.parametrize(
@@ -75,12 +115,13 @@ def test_exit_code(arguments: list[str], code: int) -> None:
     result = CliRunner().invoke(main, ["doctor", *arguments])
     assert result.exit_code == code
     if code == 2:
-        assert (
-            result.stderr == "safelight: no backend 'cuda'; "
-            f"there are {', '.join(BACKENDS)}; see: safelight doctor --help\n"
+        there = ", ".join(BACKENDS)
+        assert result.stderr == (
+            f"safelight: no backend 'cuda'; there are {there}; see: safelight doctor --help\n"
         )
     else:
         assert "do: pip install 'safelight[torch]'" in result.stdout and result.stderr == ""
+        assert result.stdout.count("usable") == 1 and result.stdout.count("missing") == 2
 
 
 @pytest.mark.usefixtures("findings")
@@ -89,3 +130,10 @@ def test_json() -> None:
     assert [row["usable"] for row in result["findings"]] == [True, False, False]
     assert {"safelight", "python", "cpu", "cores", "cpu_flags"} <= set(result["machine"])
     assert {row["name"] for row in result["findings"] if row["kind"] == "backend"} <= set(BACKENDS)
+    assert result["auto"]["backend"] in BACKENDS and result["auto"]["why"] and result["auto"]["ignored"] == ""
+
+
+@pytest.mark.usefixtures("findings")
+def test_auto_is_explained() -> None:
+    shown = CliRunner().invoke(main, ["doctor"]).stdout
+    assert shown.splitlines()[-1] == "auto: onnxruntime: latents of 8 x 8 are small, and it starts fastest"

@@ -47,6 +47,7 @@ REASONS: dict[str, str] = {
             "tests/test_generate.py",
             "tests/test_guidance.py",
             "tests/test_manifest.py",
+            "tests/test_openvino.py",
             "tests/test_paired.py",
             "tests/test_safe_cfg.py",
             "tests/test_synth.py",

@@ -1,5 +1,5 @@
 """One file a runtime. A backend turns a bundle's graphs into stages; which one is asked for by name, never
-guessed.
+guessed: `runtime`, or `runtime:variant` for another device or precision of the same runtime.
 
 A stage has five verbs. `spec` says what it takes and gives, `plan` allocates for given axis lengths, `run`
 computes and allocates no output, `device` says where, `close` lets go; `lanes` says how many runs may go
@@ -16,15 +16,24 @@ from numpy.typing import NDArray
 
 from safelight.engine.bundle import Bundle
 from safelight.errors import BackendUnavailable, ShapeError
-from safelight.manifest import GraphEntry, TensorSpec
+from safelight.manifest import GraphEntry, Manifest, TensorSpec
 
 Array = NDArray[Any]
-BACKENDS = ("onnxruntime", "torch", "tensorrt")
-_NEEDS = {
+BACKENDS = (
+    *("onnxruntime", "onnxruntime:cuda", "onnxruntime:cuda-graph"),
+    *("onnxruntime:tensorrt", "onnxruntime:nv_tensorrt_rtx"),
+    *("openvino", "openvino:bf16"),
+    *("tensorrt", "torch"),
+)
+AUTO = "auto"
+_NEEDS = {  # runtime -> what pip is asked for
     "onnxruntime": "onnxruntime",
-    "torch": "safelight[torch]",
+    "openvino": "safelight[openvino]",
     "tensorrt": "safelight[tensorrt]",
-}  # what pip is asked for
+    "torch": "safelight[torch]",
+}
+LANES = 8
+SMALL = 1024  # latents of at most this many pixels are small: 256 px pictures of the usual models
 
 
 class Stage(Protocol):
@@ -72,21 +81,37 @@ class Backend(Protocol):
 def open_backend(
     name: str, bundle: Bundle, *, model: Path | None = None, threads: int | None = None
 ) -> Backend:
-    """The backend of that name. Raises ValueError for an unknown name and BackendUnavailable where it cannot
-    run.
+    """The backend of that name; `auto` is the one that `engine.auto` chooses for this bundle and machine.
+
+    Raises ValueError for an unknown name and BackendUnavailable where it cannot run.
     """
+    if name == AUTO:
+        name = import_module("safelight.engine.auto").choose(bundle).backend
     if name not in BACKENDS:
-        raise ValueError(f"backend must be one of {BACKENDS}; got {name!r}")
+        raise ValueError(f"backend must be {AUTO!r} or one of {BACKENDS}; got {name!r}")
     if threads is not None and threads < 1:
         raise ValueError(f"threads must be at least 1; got {threads}")
+    runtime, _, variant = name.partition(":")
     try:
-        module = import_module(f"safelight.engine.backends.{name}")
+        module = import_module(f"safelight.engine.backends.{runtime}")
     except ImportError as fault:
         raise BackendUnavailable(
-            f"{name}: {fault}; do: pip install '{_NEEDS[name]}', or see `safelight doctor`"
+            f"{name}: {fault}; do: pip install '{_NEEDS[runtime]}', or see `safelight doctor`"
         ) from fault
-    opened: Backend = module.open_backend(bundle, model=model, threads=threads)
+    options: dict[str, Any] = {"variant": variant} if variant else {}
+    opened: Backend = module.open_backend(bundle, model=model, threads=threads, **options)
     return opened
+
+
+def lanes_of(manifest: Manifest, graph: str, threads: int) -> int:
+    """How many runs of a graph at once go fastest on that many threads of a processor.
+
+    Small pictures go faster as several runs of one thread each than as one run of several threads, which have
+    to meet after every operator.
+    """
+    _, height, width = manifest.picture.latents
+    small = graph in ("detector", "detector_latent") and height * width <= SMALL
+    return min(threads, LANES) if small else 1
 
 
 def shape_of(spec: TensorSpec, axes: Mapping[str, int]) -> tuple[int, ...]:

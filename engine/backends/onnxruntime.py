@@ -1,11 +1,11 @@
-"""ONNX Runtime on the processor. Knows graphs and arrays, no model.
+"""ONNX Runtime, on the processor or by another of its providers, which is named. Knows graphs and arrays, no
+model.
 
 Outputs are bound to arrays that `plan` allocates, so that `run` allocates none. A run past its deadline is
 stopped between two operators by ONNX Runtime itself.
 """
 
 import threading
-import time
 from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
@@ -14,41 +14,23 @@ from typing import Any
 import numpy as np
 import onnxruntime as ort
 
-from safelight.engine.backends import Array, Stage, axes_of, key_of, shape_of
+from safelight.engine.backends import Array, Stage, axes_of, key_of, lanes_of, shape_of
+from safelight.engine.backends.onnxruntime_device import DeviceStage, run_until
+from safelight.engine.backends.onnxruntime_session import CPU, PROVIDERS, Provider, open_session
 from safelight.engine.bundle import Bundle
 from safelight.engine.doctor import cores
-from safelight.errors import BackendUnavailable, BundleError, ShapeError
+from safelight.errors import BundleError, ShapeError
 from safelight.manifest import GraphEntry
 
-PROVIDER = "CPUExecutionProvider"
-LANES = 8
-SMALL = 1024  # latents of at most this many pixels are small: 256 px pictures of the usual models
 PLANS = 16  # sets of output arrays that a stage keeps
 
 
 class OrtStage:
-    """One session. Safe to call from several threads; those on one lane take turns.
+    """One session on the processor. Safe to call from several threads; those on one lane take turns."""
 
-    `threads` are shared among `lanes`. Small pictures go faster as several runs of one thread each than as
-    one run of several threads, which have to meet after every operator.
-    """
-
-    def __init__(self, path: Path, spec: GraphEntry, threads: int, lanes: int = 1) -> None:
+    def __init__(self, session: Any, spec: GraphEntry, lanes: int = 1) -> None:
         self._spec = spec
-        options = ort.SessionOptions()
-        options.log_severity_level = 3
-        options.intra_op_num_threads = max(1, threads // lanes)
-        options.enable_cpu_mem_arena = True
-        try:
-            self._session: Any = ort.InferenceSession(path, options, providers=[PROVIDER])
-        except Exception as fault:  # ONNX Runtime's own exceptions share no base class
-            raise BundleError(
-                f"{path} cannot be opened by ONNX Runtime ({fault}); export the bundle again"
-            ) from fault
-        if (found := self._session.get_providers()) != [PROVIDER]:
-            raise BackendUnavailable(
-                f"onnxruntime: asked for {PROVIDER}, the session runs on {found}; see doctor"
-            )
+        self._session = session
         self._plans: dict[tuple[tuple[str, int], ...], list[dict[str, Array]]] = {}
         self._planning = threading.Lock()
         self._turns = [threading.Lock() for _ in range(lanes)]
@@ -99,31 +81,11 @@ class OrtStage:
                 binding.bind_cpu_input(name, np.asarray(value, order="C"))
             for name, value in outputs.items():
                 binding.bind_output(name, "cpu", 0, value.dtype, value.shape, value.ctypes.data)
-            self._run(binding, deadline)
+            if deadline is None:
+                self._session.run_with_iobinding(binding)
+            else:
+                run_until(self._session, binding, ort.RunOptions(), deadline)
             return dict(outputs)
-
-    def _run(self, binding: Any, deadline: float | None) -> None:
-        if deadline is None:
-            self._session.run_with_iobinding(binding)
-            return
-        left, options = deadline - time.monotonic(), ort.RunOptions()
-        if left <= 0:
-            raise TimeoutError("no time was left to run")
-
-        def stop() -> None:
-            options.terminate = True
-
-        watch = threading.Timer(min(left, threading.TIMEOUT_MAX), stop)
-        watch.daemon = True
-        watch.start()
-        try:
-            self._session.run_with_iobinding(binding, options)
-        except Exception:
-            if options.terminate:
-                raise TimeoutError("stopped by the time limit") from None
-            raise
-        finally:
-            watch.cancel()
 
     def close(self) -> None:
         """See `Stage`."""
@@ -137,25 +99,32 @@ class OrtStage:
 class OrtBackend:
     """Sessions for the graphs of one bundle."""
 
-    def __init__(self, bundle: Bundle, threads: int | None) -> None:
+    def __init__(self, bundle: Bundle, threads: int | None, variant: str = "") -> None:
         self._bundle = bundle
-        self._threads = threads
+        self._threads = threads or cores()
+        self._provider: Provider = PROVIDERS[variant]
+        self._name = f"onnxruntime:{variant}" if variant else "onnxruntime"
 
     def stage(self, graph: str) -> Stage:
-        """See `Backend`."""
+        """See `Backend`. Raises BackendUnavailable where the provider does not take the graph."""
         spec = self._bundle.manifest.graphs.get(graph)
         if spec is None:
             raise BundleError(f"{self._bundle.folder} has no {graph}; export a bundle that holds it")
-        threads = self._threads or cores()
-        _, height, width = self._bundle.manifest.picture.latents
-        split = graph in ("detector", "detector_latent") and height * width <= SMALL
-        return OrtStage(self._bundle.graph(graph), spec, threads, min(threads, LANES) if split else 1)
+        provider, options = self._provider, ort.SessionOptions()
+        lanes = lanes_of(self._bundle.manifest, graph, self._threads) if provider.name == CPU else 1
+        options.log_severity_level = 3
+        options.intra_op_num_threads = max(1, self._threads // lanes)  # they are shared among the lanes
+        options.enable_cpu_mem_arena = True
+        session = open_session(self._bundle.graph(graph), provider, options, backend=self._name)
+        if provider.name == CPU:
+            return OrtStage(session, spec, lanes)
+        return DeviceStage(session, spec, provider.device, graph=provider.graph)
 
 
-def open_backend(bundle: Bundle, *, model: Path | None, threads: int | None) -> OrtBackend:
+def open_backend(bundle: Bundle, *, model: Path | None, threads: int | None, variant: str = "") -> OrtBackend:
     """The backend. Raises ValueError where a model folder is named, which this backend does not read."""
     if model is not None:
         raise ValueError(
             f"onnxruntime runs the bundle's own graphs; a model folder ({model}) goes with backend torch"
         )
-    return OrtBackend(bundle, threads)
+    return OrtBackend(bundle, threads, variant)

@@ -6,7 +6,8 @@ is imported inside the command that needs it.
 """
 
 import sys
-from collections.abc import Sequence
+import warnings
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import click
@@ -21,7 +22,7 @@ from safelight.cli.distil import distill
 from safelight.cli.evaluation import evaluate
 from safelight.cli.generation import generate
 from safelight.cli.kernels import kernels
-from safelight.cli.measure import bench, doctor
+from safelight.cli.measure import bench, doctor, tune
 from safelight.cli.screening import screen
 from safelight.errors import SafelightError
 
@@ -32,6 +33,7 @@ EXTRAS = {
     **dict.fromkeys(("tqdm", "accelerate", "peft"), "train"),
     **dict.fromkeys(("triton",), "kernels"),
     **dict.fromkeys(("matplotlib",), "plot"),
+    **dict.fromkeys(("openvino", "nncf"), "openvino"),
     **dict.fromkeys(("pyarrow",), "parquet"),
 }
 INTERRUPTED = 130
@@ -46,7 +48,9 @@ class OneSentence(click.Group):
         """Run the command line and exit; parameters as for `click.Command.main`, but always on its own."""
         named["standalone_mode"] = False
         try:
-            code = super().main(args, *other, **named)
+            with warnings.catch_warnings():
+                warnings.showwarning = _warn(warnings.showwarning)
+                code = super().main(args, *other, **named)
         except click.Abort as stop:
             _fail(str(stop) or "interrupted", INTERRUPTED)
         except click.exceptions.NoArgsIsHelpError as error:
@@ -66,6 +70,18 @@ class OneSentence(click.Group):
         except (SafelightError, ValueError, OSError) as error:
             _fail(str(error))
         sys.exit(code if isinstance(code, int) else 0)
+
+
+def _warn(shown: Callable[..., None]) -> Callable[..., None]:
+    """A runtime warning, of what went on all the same, as one line; any other is `shown` as it was."""
+
+    def show(message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> None:
+        if issubclass(category, RuntimeWarning):
+            click.echo(f"safelight: {' '.join(str(message).split())}", err=True)
+        else:
+            shown(message, category, *where, **more)
+
+    return show
 
 
 def _fail(message: str, code: int = 2) -> None:
@@ -93,6 +109,7 @@ for command in (
     synth,
     calibrate,
     doctor,
+    tune,
     bench,
     evaluate,
     data,

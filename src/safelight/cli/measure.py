@@ -1,9 +1,9 @@
-"""Commands about the machine: doctor and bench."""
+"""Commands about the machine: doctor, tune and bench."""
 
 import json
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -29,16 +29,25 @@ BUNDLE = click.option("--bundle", default="shapes", show_default=True, help="`sh
 
 @click.command()
 @click.option("--backend", help="Exit with code 1 unless this one is usable.")
+@click.option(
+    "--bundle", default="shapes", show_default=True, help="The bundle for which `auto` is explained."
+)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-def doctor(backend: str | None, as_json: bool) -> int:
-    """Say which backends and extras are usable here, which are not, why, and the command that mends it."""
+def doctor(backend: str | None, bundle: str, as_json: bool) -> int:
+    """Say which backends and extras are usable here, which are not, why, and the command that mends it; and
+    which one `auto` takes for a bundle.
+    """
+    from safelight.engine.auto import choose
+    from safelight.engine.bundle import open_bundle
     from safelight.engine.doctor import BACKENDS, examine, machine
 
     if backend is not None and backend not in BACKENDS:
         raise click.UsageError(f"no backend {backend!r}; there are {', '.join(BACKENDS)}")
+    choice = choose(open_bundle(bundle))
     about, findings = machine(), examine()
     if as_json:
-        click.echo(json.dumps({"machine": about, "findings": [asdict(finding) for finding in findings]}))
+        rows = [asdict(finding) for finding in findings]
+        click.echo(json.dumps({"machine": about, "findings": rows, "auto": asdict(choice)}))
     else:
         for name, value in about.items():
             shown = " ".join(value) if isinstance(value, tuple) else "unknown" if value is None else value
@@ -48,10 +57,52 @@ def doctor(backend: str | None, as_json: bool) -> int:
             word = click.style(
                 f"{'usable' if finding.usable else 'missing':9}", fg="green" if finding.usable else "red"
             )
-            click.echo(f"{finding.name:14}{finding.kind:9}{word}{finding.detail}")
+            click.echo(f"{finding.name:28}{finding.kind:9}{word}{finding.detail}")
             if finding.remedy:
-                click.echo(f"{'':23}do: {finding.remedy}")
+                click.echo(f"{'':37}do: {finding.remedy}")
+        click.echo(f"\nauto: {choice}")
     return 1 if any(finding.name == backend and not finding.usable for finding in findings) else 0
+
+
+@click.command()
+@click.argument("bundle")
+@click.option("--threads", type=click.IntRange(1), help="Processor threads.  [default: all]")
+@click.option("--repeats", type=click.IntRange(1), default=5, show_default=True, help="Timed checks each.")
+@click.option(
+    "--prompts", type=click.Path(path_type=Path), help="A file of prompts.  [default: the demo's own]"
+)
+@click.option("--column", default="prompt", show_default=True, help="Column, or JSON key, of the prompt.")
+@click.option(
+    "--limit", type=click.IntRange(1), default=24, show_default=True, help="Prompts that are compared."
+)
+def tune(bundle: str, **options: Any) -> None:
+    """Measure the backends on this machine with BUNDLE, and write down which one `auto` takes from now on.
+
+    A backend takes part where every verdict is that of the first one listed, float32 on the processor.
+    """
+    from itertools import islice
+
+    from safelight.engine.bundle import open_bundle
+    from safelight.engine.prompt_file import read_prompts
+    from safelight.engine.tune import tune as measure
+    from safelight.models.shapes.captions import DEMO_PROMPTS
+
+    limit, file = options["limit"], options["prompts"]
+    if file is None:
+        prompts = tuple(prompt for _, prompt in DEMO_PROMPTS[:limit])
+    else:
+        rows = islice(read_prompts(file, options["column"]), limit)
+        prompts = tuple(row.prompt for row in rows if row.prompt is not None)
+
+    def shown(line: str) -> None:
+        click.echo(f"safelight: {line}", err=True)
+
+    opened = open_bundle(bundle)
+    path, tuned = measure(
+        opened, prompts, threads=options["threads"], repeats=options["repeats"], on_line=shown
+    )
+    click.echo(tuned.winner)
+    click.echo(f"safelight: written to {path}", err=True)
 
 
 @click.group()
@@ -139,6 +190,72 @@ def bench_engines(
         told=lambda line: click.echo(f"safelight: {line}", err=True),
     )
     _report(rows, out / "engines.csv")
+
+
+@bench.command("cpu")
+@BUNDLE
+@MODEL
+@click.option("--probes", type=click.IntRange(1), multiple=True, default=(1, 8), show_default=True)
+@click.option("--repeats", type=click.IntRange(1), default=5, show_default=True, help="Timed checks a path.")
+@click.option("--threads", type=click.IntRange(1), help="Processor threads.  [default: all]")
+@click.option("--only", default="", help="Paths whose name holds this, and what they are compared with.")
+@click.option(
+    "--work",
+    type=click.Path(path_type=Path),
+    default=Path("out/bench-cpu"),
+    show_default=True,
+    help="Keeps what is measured, so that a run that was cut off goes on.",
+)
+@OUT
+def bench_cpu(
+    bundle: str,
+    model: Path,
+    probes: tuple[int, ...],
+    repeats: int,
+    threads: int | None,
+    only: str,
+    work: Path,
+    out: Path,
+) -> None:
+    """Every path on a processor: ours by backend and checker, diffusers plain and tuned, OpenVINO by part.
+
+    Each in a process of its own, its rows written as soon as it is measured.
+    """
+    from safelight.bench.cpu_paths import measure
+    from safelight.engine.doctor import cores
+
+    for count in probes:
+        measure(
+            bundle,
+            model,
+            probes=count,
+            threads=threads or cores(),
+            repeats=repeats,
+            work=work,
+            only=only,
+            on_rows=lambda rows: _report(rows, out / "cpu_paths.csv"),
+            on_line=lambda line: click.echo(f"safelight: {line}", err=True),
+        )
+
+
+@bench.command("agreement")
+@MODEL
+@click.option(
+    "--limit", type=click.IntRange(4), default=200, show_default=True, help="Captions of each kind."
+)
+@click.option("--threads", type=click.IntRange(1), default=1, show_default=True, help="Processor threads.")
+@OUT
+def bench_agreement(model: Path, limit: int, threads: int, out: Path) -> None:
+    """Whether each backend, and int8 parts, judge the shipped captions as the eager reference does."""
+    from safelight.bench.agreement import measure
+
+    measure(
+        model,
+        limit=limit,
+        threads=threads,
+        on_rows=lambda rows: _report(rows, out / "agreement.csv"),
+        on_line=lambda line: click.echo(f"safelight: {line}", err=True),
+    )
 
 
 @bench.command("export")

@@ -26,7 +26,10 @@ def model_options(command: Command) -> Command:
         click.option("--threads", type=click.IntRange(1), help="Processor threads.  [default: all]"),
         click.option("--model", metavar="DIR", help="Weights folder, for the torch backend."),
         click.option(
-            "--backend", default="onnxruntime", show_default=True, help="Never replaced by another."
+            "--backend",
+            default="onnxruntime",
+            show_default=True,
+            help="A name that `doctor` lists, never replaced by another; or `auto`.",
         ),
         click.option("--bundle", default="shapes", show_default=True, help="`shapes`, or a bundle folder."),
         click.option(

@@ -1,0 +1,252 @@
+"""Every way to screen one prompt on a processor, in one run: ours by backend and checker, and what peers do.
+
+Each path has a process of its own, which is the measure of its start and of its memory, and its rows are
+written as soon as it is measured; a run that was cut off goes on where it stopped. All are compared with the
+eager reference of the same run: margins and verdicts, or pictures and flags.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field, replace
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from safelight.bench.cpu_worker import Job
+from safelight.bench.refcheck import REFCHECK
+from safelight.bench.rows import Row, percentiles
+from safelight.engine.backends import open_backend
+from safelight.engine.bundle import Bundle, open_bundle
+from safelight.engine.model_folder import ModelFolder
+from safelight.errors import BackendUnavailable, SafelightError
+from safelight.provenance import commit
+
+COMMAND = "safelight bench cpu"
+PIXELS = "largest |pixel - eager pixel|, pixels in [0, 1]"
+TIMEOUT_S = 3600.0
+OURS = ("onnxruntime", "openvino", "openvino:bf16")
+PEERS = (
+    {"dtype": "bfloat16", "channels_last": True},
+    {"dtype": "bfloat16", "channels_last": True, "batched": True},
+    {"dtype": "bfloat16", "channels_last": True, "batched": True, "compiled": True},
+)
+
+
+@dataclass(frozen=True, slots=True)
+class CpuPath:
+    """A path: its name, its job's kind and options, and the checker whose eager form is its reference.
+
+    `starts` has it started once more before it is measured, on an empty cache: what is measured is a second
+    start.
+    """
+
+    name: str
+    kind: str
+    options: dict[str, Any] = field(default_factory=dict)
+    checker: str = "image"
+    starts: bool = False
+
+
+def paths(bundle: Bundle) -> Iterator[CpuPath]:
+    """All paths that this bundle has, those that others are compared with first."""
+    checkers = ["image", *(["latent"] if "detector_latent" in bundle.manifest.graphs else [])]
+    for checker in checkers:
+        eager = {"backend": "torch", "checker": checker, "early_exit": False, "flops": True}
+        yield CpuPath(f"eager reference, {checker} checker", "ours", eager, checker)
+    yield CpuPath("diffusers fp32", "diffusers")
+    for checker in checkers:
+        for backend in reversed(OURS):
+            for early in (False, True):
+                options = {"backend": backend, "checker": checker, "early_exit": early}
+                name = f"{backend}, {checker} checker{', early exit' if early else ''}"
+                yield CpuPath(name, "ours", options, checker, starts=not early)
+    if not any("unet_one_step" in name for name in bundle.manifest.source.weights):
+        yield CpuPath("openvino per component", "components")
+    for style in PEERS:
+        yield CpuPath(f"diffusers {' '.join(map(str, style.values()))}", "diffusers", dict(style))
+
+
+def measure(
+    name: str,
+    model: Path,
+    *,
+    probes: int,
+    threads: int,
+    repeats: int,
+    work: Path,
+    on_rows: Callable[[list[Row]], None],
+    on_line: Callable[[str], None] = lambda line: None,
+    only: str = "",
+) -> None:
+    """Measure all paths whose name holds `only` and hand over their rows, path by path.
+
+    `work` keeps what was found, by bundle, commit, number of probes and threads. A peer that fails is a line,
+    and no row; ours raises SafelightError.
+    """
+    bundle = open_bundle(name)
+    kept = work / f"{bundle.manifest.bundle_id}-{commit()}-p{probes}-t{threads}"
+    kept.mkdir(parents=True, exist_ok=True)
+    job = Job("peak", {}, name, str(model), probes, threads, repeats)
+    limits = _found(job, CpuPath("matrix peak", "peak"), kept)
+    found: dict[str, dict[str, Any]] = {}
+    for path in paths(bundle):
+        needed = path.name.startswith("eager") or path.name == "diffusers fp32"
+        if not needed and only not in path.name:
+            continue
+        if path.kind == "ours" and path.options["backend"] != "torch" and not _usable(path, bundle, on_line):
+            continue
+        try:
+            fresh = not (kept / _file(path)).exists()
+            found[path.name] = _found(job, path, kept)
+        except SafelightError as fault:
+            if path.kind == "ours":
+                raise
+            on_line(f"{path.name}: no row: {fault}")
+            continue
+        if fresh:
+            reference = found[f"eager reference, {path.checker} checker"]
+            where = _Where(bundle, decoder_kind(model), probes, threads, kept)
+            on_rows(_rows(path, found[path.name], reference, found.get("diffusers fp32"), limits, where))
+
+
+def _usable(path: CpuPath, bundle: Bundle, on_line: Callable[[str], None]) -> bool:
+    try:
+        open_backend(path.options["backend"], bundle)
+    except BackendUnavailable as fault:
+        on_line(f"{path.name}: no row: {fault}")
+        return False
+    return True
+
+
+def decoder_kind(model: Path) -> str:
+    """`full` or `tiny`, by the class that the model folder's decoder names."""
+    return "tiny" if ModelFolder.open(model).config("vae").get("_class_name") == "AutoencoderTiny" else "full"
+
+
+def _file(path: CpuPath) -> str:
+    return f"{sha256(path.name.encode()).hexdigest()[:16]}.json"
+
+
+def _found(job: Job, path: CpuPath, kept: Path) -> dict[str, Any]:
+    """What a path's process found, now or in the run that was cut off."""
+    file = kept / _file(path)
+    if file.exists():
+        found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        return found
+    job = replace(job, kind=path.kind, options=path.options)
+    if path.kind in ("diffusers", "components") or path.options.get("backend") == "torch":
+        job = replace(job, keep=str(kept / f"{_file(path)}.npz"))
+    home = kept / f"{_file(path)}.home"
+    first = _run(replace(job, repeats=0, keep=""), home) if path.starts else None
+    made = _run(job, home)
+    if first is not None:
+        made["first_start_s"] = first["ready_s"]
+    partial = file.with_suffix(".partial")
+    partial.write_text(json.dumps(made | {"name": path.name}), encoding="utf-8")
+    os.replace(partial, file)
+    return made
+
+
+def _run(job: Job, home: Path) -> dict[str, Any]:
+    """Run a job in a process whose home, and so whose cache of compiled graphs, is `home`."""
+    home.mkdir(exist_ok=True)
+    job = replace(job, started=time.time())
+    command = [sys.executable, "-P", "-m", "safelight.bench.cpu_worker", json.dumps(asdict(job))]
+    environment = os.environ | {"HOME": str(home), "OMP_NUM_THREADS": str(job.threads)}
+    try:
+        done = subprocess.run(
+            command, env=environment, capture_output=True, text=True, timeout=TIMEOUT_S, check=False
+        )
+    except subprocess.TimeoutExpired:
+        raise SafelightError(f"bench cpu: no answer within {TIMEOUT_S:.0f} s") from None
+    if done.returncode != 0:
+        lines = done.stderr.strip().splitlines() or [f"ended with code {done.returncode}"]
+        raise SafelightError(f"bench cpu: {lines[-1][:400]}")
+    found: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
+    return found
+
+
+@dataclass(frozen=True, slots=True)
+class _Where:
+    """What all rows of a run share."""
+
+    bundle: Bundle
+    decoder: str
+    probes: int
+    threads: int
+    kept: Path
+
+
+def _rows(
+    path: CpuPath,
+    found: dict[str, Any],
+    eager: dict[str, Any],
+    plain: dict[str, Any] | None,
+    limits: dict[str, float],
+    where: _Where,
+) -> list[Row]:
+    """Latency, start and peak memory of a path."""
+    size = where.bundle.manifest.picture.size
+    looked = f"{where.decoder} decoder" if path.checker == "image" else "latent checker"
+    check, error = _compare(path, found, eager, where)
+    early = bool(path.options.get("early_exit"))
+    note = " (eager reference)" if path.options.get("backend") == "torch" else ", early exit" if early else ""
+    common: dict[str, Any] = {
+        "stage": "detect on a processor",
+        "provider": found["provider"] + note,
+        "threads": where.threads,
+        "batch": 1,
+        "shape": f"R1 P{where.probes} {size}x{size} {looked}",
+        "refcheck": check,
+        "refcheck_error": error,
+        "command": f"{COMMAND} --probes {where.probes}",
+    }
+    spent = percentiles(found["times_ms"])
+    # work by the eager module's own count; the limit is of the precision that the path computes in
+    limit = limits["bfloat16" if "bf16" in found["provider"] else "float32"]
+    rows = [
+        Row(
+            **common,
+            **spent,
+            x_eager=percentiles(eager["times_ms"])["p50_ms"] / spent["p50_ms"],
+            x_diffusers=percentiles(plain["times_ms"])["p50_ms"] / spent["p50_ms"] if plain else None,
+            pct_of_limit=None if early else 100 * eager["flops"] / limit / (spent["p50_ms"] * 1e-3),
+        ),
+        Row(**common, value=found["peak_bytes"] / 1e6, unit="MB, peak resident"),
+    ]
+    if path.starts:
+        rows.append(Row(**common, value=found["first_start_s"], unit="s, process start to ready, first"))
+        rows.append(Row(**common, value=found["ready_s"], unit="s, process start to ready, second"))
+    return rows
+
+
+def _compare(path: CpuPath, found: dict[str, Any], eager: dict[str, Any], where: _Where) -> tuple[str, float]:
+    """What was compared with the eager reference, how many probes were judged otherwise, and the largest
+    difference.
+    """
+    expected = np.array(eager["margins"])
+    flags: Any = (expected > 0).any(1)
+    if "margins" in found:
+        margins = np.array(found["margins"])
+        seen: Any = (margins > 0).any(1)
+        differ = int((seen != flags[: len(seen)]).sum())
+        verdict = f", verdict {_verdict(found, eager)}" if "blocked" in found else ""
+        error = float(np.abs(margins - expected[: len(margins)]).max())
+        return f"{REFCHECK}; {differ} of {len(seen)} flags differ{verdict}", error
+    reference = CpuPath(f"eager reference, {path.checker} checker", "ours")
+    drawn, ours = (np.load(where.kept / f"{_file(item)}.npz")["images"] for item in (reference, path))
+    marked: Any = np.array(found["flagged"])
+    shown = ~marked & ~flags  # what the pipeline's checker flags it paints black
+    differ = int((marked != flags).sum())
+    error = float(np.abs(ours[shown] - drawn[shown]).max()) if shown.any() else 0.0
+    return f"{PIXELS}, of {int(shown.sum())} unflagged; {differ} of {len(flags)} flags differ", error
+
+
+def _verdict(found: dict[str, Any], eager: dict[str, Any]) -> str:
+    return "the same" if found["blocked"] == eager["blocked"] else "DIFFERS"

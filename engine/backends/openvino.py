@@ -1,0 +1,219 @@
+"""OpenVINO on the processor. Knows graphs and arrays, no model.
+
+What it compiles is kept in the user's cache, by a key of all that it depends on. A run past its deadline is
+cancelled between two operators by OpenVINO itself. `openvino` computes in float32; `openvino:bf16` computes
+the large graphs in bfloat16 where the processor has it.
+"""
+
+import threading
+import time
+import warnings
+from collections.abc import Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import openvino as ov
+
+from safelight.engine.backends import Array, Stage, axes_of, key_of, lanes_of, shape_of
+from safelight.engine.bundle import Bundle
+from safelight.engine.compiled_cache import compiled_cache
+from safelight.engine.doctor import cores, cpu_flags, cpu_name
+from safelight.errors import BackendUnavailable, BundleError, ShapeError
+from safelight.manifest import GraphEntry
+
+# Graphs that bfloat16 may run: many probes vote on what these show. Where one look decides, and in the small
+# graphs, which cost little, the computation stays in float32.
+REDUCED = frozenset({"detector", "detector_latent", "unet", "vae_decoder"})
+PLANS = 16  # sets of output arrays that a stage keeps
+LONGEST_MS = 2**31 - 1
+
+
+class OvStage:
+    """One compiled graph. Safe to call from several threads; those on one lane take turns."""
+
+    def __init__(self, compiled: Any, spec: GraphEntry, lanes: int) -> None:
+        self._spec = spec
+        self._compiled = compiled
+        self._requests = [compiled.create_infer_request() for _ in range(lanes)]
+        self._plans: dict[tuple[tuple[str, int], ...], list[dict[str, Array]]] = {}
+        self._planning = threading.Lock()
+        self._turns = [threading.Lock() for _ in range(lanes)]
+        devices, precision = _where(compiled)
+        self._device = f"openvino {' '.join(devices)} {precision}"
+
+    @property
+    def spec(self) -> GraphEntry:
+        """See `Stage`."""
+        return self._spec
+
+    @property
+    def device(self) -> str:
+        """See `Stage`; read from the compiled graph, with the precision that it computes in."""
+        return self._device
+
+    @property
+    def lanes(self) -> int:
+        """See `Stage`."""
+        return len(self._turns)
+
+    def plan(self, **axes: int) -> None:
+        """See `Stage`. The graph takes all lengths, so only arrays are made."""
+        with self._planning:
+            key = key_of(axes)
+            if key in self._plans:
+                return
+            if len(self._plans) >= PLANS:
+                del self._plans[next(iter(self._plans))]
+            shapes = {item.name: (shape_of(item, axes), item.dtype) for item in self._spec.outputs}
+            self._plans[key] = [
+                {name: np.empty(shape, dtype=dtype) for name, (shape, dtype) in shapes.items()}
+                for _ in self._turns
+            ]
+
+    def run(
+        self, inputs: Mapping[str, Array], *, deadline: float | None = None, lane: int = 0
+    ) -> dict[str, Array]:
+        """See `Stage`."""
+        axes = axes_of(self._spec, inputs)
+        with self._turns[lane]:
+            planned = self._plans.get(key_of(axes))
+            if planned is None:
+                raise ShapeError(
+                    f"{self._spec.path}: {axes} is not planned; call plan with these lengths first"
+                )
+            request, outputs = self._requests[lane], planned[lane]
+            bound = {name: np.require(value, requirements=("C", "W")) for name, value in inputs.items()}
+            for name, value in (*bound.items(), *outputs.items()):
+                request.set_tensor(name, ov.Tensor(value, shared_memory=True))
+            _finish(request, deadline)
+            return dict(outputs)
+
+    def close(self) -> None:
+        """See `Stage`."""
+        with self._planning, ExitStack() as turns:
+            for turn in self._turns:
+                turns.enter_context(turn)
+            self._requests, self._compiled = [], None
+            self._plans.clear()
+
+
+def _finish(request: Any, deadline: float | None) -> None:
+    """Run to the end, or cancel at the deadline and raise TimeoutError; the request is idle afterwards."""
+    if deadline is None:
+        request.start_async()
+        request.wait()
+        return
+    left_ms = (deadline - time.monotonic()) * 1e3
+    if left_ms <= 0:
+        raise TimeoutError("no time was left to run")
+    request.start_async()
+    try:
+        done = request.wait_for(int(min(left_ms, LONGEST_MS)))
+    except BaseException:
+        request.cancel()
+        raise
+    if done:
+        request.wait()  # raises what the run raised
+        return
+    request.cancel()
+    try:
+        request.wait()
+    except RuntimeError as fault:
+        raise TimeoutError("stopped by the time limit") from fault
+    raise TimeoutError("stopped by the time limit")
+
+
+class OvBackend:
+    """Compiled graphs of one bundle."""
+
+    def __init__(self, bundle: Bundle, threads: int | None, *, reduced: bool) -> None:
+        self._bundle = bundle
+        self._threads = threads or cores()
+        self._reduced = reduced
+        self._core = ov.Core()
+
+    def stage(self, graph: str) -> Stage:
+        """See `Backend`."""
+        spec = self._bundle.manifest.graphs.get(graph)
+        if spec is None:
+            raise BundleError(f"{self._bundle.folder} has no {graph}; export a bundle that holds it")
+        lanes = lanes_of(self._bundle.manifest, graph, self._threads)
+        precision = "bf16" if self._reduced and graph in REDUCED else "f32"
+        settings: dict[str, Any] = {
+            "INFERENCE_PRECISION_HINT": precision,
+            "INFERENCE_NUM_THREADS": self._threads,
+            "NUM_STREAMS": lanes,
+            "ENABLE_CPU_PINNING": False,  # a detector's and a generator's threads would sit on one core
+        }
+        compiled = self._compile(self._bundle.graph(graph), spec, settings)
+        _check_device(compiled, precision)
+        return OvStage(compiled, spec, lanes)
+
+    def _compile(self, path: Path, spec: GraphEntry, settings: dict[str, Any]) -> Any:
+        files = self._bundle.manifest.files
+        key = {
+            "files": [files[name].sha256 for name in (spec.path, *spec.external)],
+            "openvino": ov.__version__,
+            "machine": [cpu_name(), *(cpu_flags() or ())],
+            "settings": settings,
+        }
+        lost = ""
+        try:
+            with compiled_cache("openvino", key) as folder:
+                if folder is not None:
+                    return self._compile_kept(path, folder, settings)
+        except RuntimeError as fault:
+            lost = f"what openvino compiled of {path} could not be kept ({fault}); make room on the disk"
+        try:
+            compiled = self._core.compile_model(path, "CPU", settings)
+        except RuntimeError as fault:
+            raise BundleError(
+                f"{path} cannot be opened by OpenVINO ({fault}); export the bundle again"
+            ) from fault
+        if lost:
+            warnings.warn(lost, RuntimeWarning, stacklevel=3)
+        return compiled
+
+    def _compile_kept(self, path: Path, folder: Path, settings: dict[str, Any]) -> Any:
+        """Compile by way of `folder`.
+
+        OpenVINO's compiled form alone would hold all weights in float32: in its own form of the graph they
+        lie as the bundle stores them, and are mapped from there.
+        """
+        own = folder / "graph.xml"
+        if not own.exists():
+            ov.save_model(self._core.read_model(path), own, compress_to_fp16=False)
+        cached = {"CACHE_DIR": str(folder), "CACHE_MODE": "OPTIMIZE_SIZE"}
+        return self._core.compile_model(own, "CPU", settings | cached)
+
+
+def _where(compiled: Any) -> tuple[list[str], str]:
+    """The devices that a graph was put on, and the precision in which it computes."""
+    precision: str = compiled.get_property("INFERENCE_PRECISION_HINT").get_type_name()
+    return list(compiled.get_property("EXECUTION_DEVICES")), precision
+
+
+def _check_device(compiled: Any, precision: str) -> None:
+    """Raises BackendUnavailable where the graph was put elsewhere, or computes otherwise, than was asked."""
+    if (found := _where(compiled)) != (["CPU"], precision):
+        raise BackendUnavailable(
+            f"openvino: asked for {precision} on CPU, the graph runs in {found[1]} on {found[0]}; see doctor"
+        )
+
+
+def open_backend(bundle: Bundle, *, model: Path | None, threads: int | None, variant: str = "") -> OvBackend:
+    """The backend. Raises ValueError where a model folder is named, which this backend does not read, and
+    BackendUnavailable for `bf16` on a processor without it.
+    """
+    if model is not None:
+        raise ValueError(
+            f"openvino runs the bundle's own graphs; a model folder ({model}) goes with backend torch"
+        )
+    if variant == "bf16" and not {"avx512_bf16", "amx_bf16"} & set(cpu_flags() or ()):
+        raise BackendUnavailable(
+            "openvino:bf16: this processor has neither avx512_bf16 nor amx_bf16; do: ask for openvino, which "
+            "computes in float32"
+        )
+    return OvBackend(bundle, threads, reduced=variant == "bf16")

@@ -1,0 +1,70 @@
+"""The cache of what runtimes compile: whole or not at all, one at a time, and no more than so many."""
+
+import os
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from safelight.engine import compiled_cache as cache_module
+from safelight.engine.compiled_cache import cache_root, compiled_cache
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A user's home of its own, and so an empty cache."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    return tmp_path
+
+
+def test_a_full_disk_keeps_nothing(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*arguments: object, **named: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch, pytest.warns(RuntimeWarning, match="was not kept .*No space"):
+        patch.setattr(cache_module.os, "replace", full)
+        with compiled_cache("a", {"k": 1}) as folder:
+            (folder / "blob").write_text("half of")
+    with compiled_cache("a", {"k": 1}) as folder:
+        assert list(folder.iterdir()) == []
+
+
+def test_what_a_killed_compiler_left_is_not_used(home: Path) -> None:
+    with pytest.raises(KeyboardInterrupt), compiled_cache("a", {"k": 1}) as folder:
+        (folder / "blob").write_text("half of")
+        raise KeyboardInterrupt
+    with compiled_cache("a", {"k": 1}) as folder:
+        assert list(folder.iterdir()) == []
+
+
+def test_of_two_that_compile_one_waits_and_finds_it_done(home: Path) -> None:
+    inside, found = threading.Event(), []
+
+    def first() -> None:
+        with compiled_cache("a", {"k": 1}) as folder:
+            inside.set()
+            time.sleep(0.3)
+            (folder / "blob").write_text("whole")
+
+    def second() -> None:
+        inside.wait()
+        with compiled_cache("a", {"k": 1}) as folder:
+            found.append((folder / "blob").read_text())
+
+    workers = [threading.Thread(target=work) for work in (first, second)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert found == ["whole"]
+
+
+def test_the_oldest_are_forgotten(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cache_module, "KEPT", 2)
+    for number in range(4):
+        with compiled_cache("a", {"k": number}) as folder:
+            (folder / "blob").write_text(str(number))
+        os.utime(folder, (number, number))
+    left = sorted(path.read_text() for path in cache_root().glob("a/*/blob"))
+    assert left == ["2", "3"]
