@@ -136,6 +136,20 @@ def safe_branch(
     return free.float() + weight * apart, distance
 
 
+def rescale_guidance(guided: Tensor, conditional: Tensor, amount: Tensor) -> Tensor:
+    """Guidance brought back to the spread of the conditional answer (Lin et al., arXiv 2305.08891, eq. 15 and
+    16).
+
+    `amount (guided std(conditional) / std(guided)) + (1 - amount) guided`, the deviations over all axes but
+    the first; diffusers' `guidance_rescale` is `amount`. guided, conditional (R, ...), amount (R,) in [0, 1],
+    0 leaves `guided` as it is. Where `guided` has no spread the quotient is taken as 1.
+    """
+    spread, own = (part.float().flatten(1).std(1, correction=0) for part in (guided, conditional))
+    quotient = torch.where(spread == 0, 1.0, own / torch.where(spread == 0, 1.0, spread))
+    factor = 1 + amount.float() * (quotient - 1)
+    return factor.view(-1, *(1,) * (guided.dim() - 1)) * guided.float()
+
+
 def scheduler_step(x: Tensor, out: Tensor, x0_prev: Tensor, coefficients: Tensor) -> tuple[Tensor, Tensor]:
     """One step of any solver in `safelight.schedule`: returns (next x, x0), float32.
 

@@ -1,0 +1,48 @@
+"""Block sizes, warps and stages of the kernels, by GPU: a committed table, so that nothing is tuned while
+serving.
+
+`bench/tune_kernels.py` measures candidates on a GPU and prints the entry to put here. The default entry was
+chosen by register and memory use of the compiled code, not measured.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+DEFAULT = "default"
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """Elements of a program, 0 where the sizes decide it, and warps and stages that it is compiled for."""
+
+    block: int
+    num_warps: int
+    num_stages: int = 1
+
+
+# GPU name as torch gives it -> kernel -> largest block that the setting is for -> setting
+TABLE: Mapping[str, Mapping[str, Mapping[int, Setting]]] = {
+    DEFAULT: {
+        "probe_rotate": {
+            256: Setting(256, 1),
+            1024: Setting(1024, 4),
+            2048: Setting(2048, 8),
+            16384: Setting(16384, 32),
+        },
+        "guidance_moments": {1024: Setting(1024, 4)},
+        "guidance_step": {1024: Setting(1024, 4)},
+        "latent_to_x0": {1024: Setting(1024, 4)},
+        "resize_axis": {256: Setting(256, 4)},
+        "concept_margins": {256: Setting(256, 4)},
+        "margin_vote": {0: Setting(0, 1)},
+    }
+}
+
+
+def setting(kernel: str, gpu: str = DEFAULT, *, size: int = 0) -> Setting:
+    """The setting of a kernel for rows of `size` elements: the first whose block holds them, else the
+    largest.
+    """
+    choices = TABLE.get(gpu, {}).get(kernel) or TABLE[DEFAULT][kernel]
+    fits = [block for block in sorted(choices) if block >= size]
+    return choices[fits[0] if fits else max(choices)]
