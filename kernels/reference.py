@@ -144,7 +144,8 @@ def rescale_guidance(guided: Tensor, conditional: Tensor, amount: Tensor) -> Ten
     the first; diffusers' `guidance_rescale` is `amount`. guided, conditional (R, ...), amount (R,) in [0, 1],
     0 leaves `guided` as it is. Where `guided` has no spread the quotient is taken as 1.
     """
-    spread, own = (part.float().flatten(1).std(1, correction=0) for part in (guided, conditional))
+    flat = (part.float().flatten(1) for part in (guided, conditional))
+    spread, own = ((part - part.mean(1, keepdim=True)).square().mean(1).sqrt() for part in flat)
     quotient = torch.where(spread == 0, 1.0, own / torch.where(spread == 0, 1.0, spread))
     factor = 1 + amount.float() * (quotient - 1)
     return factor.view(-1, *(1,) * (guided.dim() - 1)) * guided.float()

@@ -27,7 +27,7 @@ TABLE: Mapping[str, Mapping[str, Mapping[int, Setting]]] = {
             256: Setting(256, 1),
             1024: Setting(1024, 4),
             2048: Setting(2048, 8),
-            16384: Setting(16384, 32),
+            4096: Setting(4096, 16),
         },
         "guidance_moments": {1024: Setting(1024, 4)},
         "guidance_step": {1024: Setting(1024, 4)},
