@@ -201,9 +201,9 @@ def _finite(values: Tensor, kept: int) -> Tensor:
     return torch.isfinite(values).flatten(kept).all(-1)
 
 
-def load_detector(model: Path) -> DetectorModule:
+def load_detector(model: Path | ModelFolder) -> DetectorModule:
     """The detector of a model folder, float32, for inference. Raises BundleError."""
-    folder = ModelFolder.open(model)
+    folder = _opened(model)
     return DetectorModule(
         **_probing(folder),
         vae=folder.load("vae"),
@@ -212,9 +212,9 @@ def load_detector(model: Path) -> DetectorModule:
     ).eval()
 
 
-def load_latent_detector(model: Path) -> LatentDetectorModule:
+def load_latent_detector(model: Path | ModelFolder) -> LatentDetectorModule:
     """The detector that looks at latents, likewise. Raises BundleError where there is no latent checker."""
-    folder = ModelFolder.open(model)
+    folder = _opened(model)
     return LatentDetectorModule(**_probing(folder), latent_checker=_optional(folder, "latent_checker")).eval()
 
 
@@ -226,13 +226,17 @@ def _probing(folder: ModelFolder) -> dict[str, Any]:
     }
 
 
+def _opened(model: Path | ModelFolder) -> ModelFolder:
+    return model if isinstance(model, ModelFolder) else ModelFolder.open(model)
+
+
 def _optional(folder: ModelFolder, part: str) -> nn.Module:
     if not folder.has(part):
         raise BundleError(f"{folder.path} holds no {part}; name a folder that one was trained into")
     return folder.load(part)
 
 
-def load_graph(model: Path, graph: str) -> nn.Module:
+def load_graph(model: Path | ModelFolder, graph: str) -> nn.Module:
     """The eager body of a bundle's graph, by the graph's name. Raises BundleError, and ValueError for an
     unknown name.
     """
@@ -240,8 +244,9 @@ def load_graph(model: Path, graph: str) -> nn.Module:
         return load_detector(model)
     if graph == "detector_latent":
         return load_latent_detector(model)
+    folder = _opened(model)
     if graph in ("latent_checker", "redirector"):
-        return _optional(ModelFolder.open(model), graph)
+        return _optional(folder, graph)
     bodies: dict[str, tuple[str, type[nn.Module]]] = {
         "text_encoder": ("text_encoder", TextEncoder),
         "unet": ("unet", Denoiser),
@@ -252,4 +257,4 @@ def load_graph(model: Path, graph: str) -> nn.Module:
     if graph not in bodies:
         raise ValueError(f"graph must be one of {(*GRAPHS, *OPTIONAL_GRAPHS)}; got {graph!r}")
     part, body = bodies[graph]
-    return body(ModelFolder.open(model).load(part)).eval()
+    return body(folder.load(part)).eval()

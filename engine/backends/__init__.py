@@ -66,22 +66,34 @@ class Backend(Protocol):
 
 
 def open_backend(
-    name: str, bundle: Bundle, *, model: Path | None = None, threads: int | None = None
+    name: str,
+    bundle: Bundle,
+    *,
+    model: Path | None = None,
+    threads: int | None = None,
+    device: str | None = None,
+    precision: str | None = None,
+    compiled: bool = False,
 ) -> Backend:
-    """The backend of that name. Raises ValueError for an unknown name and BackendUnavailable where it cannot
-    run.
+    """The backend of that name. `device` (`cpu`, `cuda`, `cuda:N`), `precision` and `compiled` go with torch.
+
+    Raises ValueError for an unknown name or option and BackendUnavailable where it cannot run.
     """
     if name not in BACKENDS:
         raise ValueError(f"backend must be one of {BACKENDS}; got {name!r}")
     if threads is not None and threads < 1:
         raise ValueError(f"threads must be at least 1; got {threads}")
+    options: dict[str, Any] = {"device": device, "precision": precision, "compiled": compiled or None}
+    options = {option: value for option, value in options.items() if value is not None}
+    if options and name != "torch":
+        raise ValueError(f"{', '.join(options)}: goes with backend torch; got backend {name!r}")
     try:
         module = import_module(f"safelight.engine.backends.{name}")
     except ImportError as fault:
         raise BackendUnavailable(
             f"{name}: {fault}; do: pip install '{_NEEDS[name]}', or see `safelight doctor`"
         ) from fault
-    opened: Backend = module.open_backend(bundle, model=model, threads=threads)
+    opened: Backend = module.open_backend(bundle, model=model, threads=threads, **options)
     return opened
 
 
