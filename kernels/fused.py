@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from safelight.kernels import reference
-from safelight.kernels.philox import Stream
+from safelight.kernels.philox import Stream, split_seed
 
 INPUT_SCALE = 0  # column of a step table
 
@@ -68,7 +68,7 @@ def seed_bits(seed: int) -> int:
     """A 64-bit seed as the int64 of the same bits, for a tensor of seeds. Raises ValueError outside [0,
     2**64).
     """
-    low, high = reference.split_seed(seed)
+    low, high = split_seed(seed)
     return (((high ^ 1 << 31) - (1 << 31)) << 32) | low
 
 

@@ -5,6 +5,14 @@ from safelight.kernels.triton.kernel import Kernel
 
 def kernels() -> tuple[Kernel, ...]:
     """Every kernel of the project. Imports triton, and so needs it installed."""
-    from safelight.kernels.triton import guidance_moments, guidance_step, probe_rotate
+    from safelight.kernels.triton import (
+        clip_input,
+        concept_vote,
+        guidance_moments,
+        guidance_step,
+        latent_to_x0,
+        probe_rotate,
+    )
 
-    return (probe_rotate.KERNEL, guidance_moments.KERNEL, guidance_step.KERNEL)
+    files = (probe_rotate, guidance_moments, guidance_step, latent_to_x0, clip_input)
+    return (*(file.KERNEL for file in files), concept_vote.MARGINS, concept_vote.KERNEL)

@@ -25,15 +25,18 @@ def typed(operation: str, tensors: Mapping[str, tuple[Tensor, tuple[torch.dtype,
 
 
 def together(operation: str, **tensors: Tensor | None) -> None:
-    """Raises ValueError where the tensors are not all on one device, or one has 2**31 elements or more."""
+    """Raises ValueError where the tensors are not all on one device, or one spans 2**31 elements or more."""
     given = {name: tensor for name, tensor in tensors.items() if tensor is not None}
     devices = {name: str(tensor.device) for name, tensor in given.items()}
     if len(set(devices.values())) > 1:
         raise ValueError(f"{operation}: all tensors must be on one device; got {devices}; move them")
     for name, tensor in given.items():
-        if tensor.numel() > _LARGEST:
+        steps = zip(tensor.shape, tensor.stride(), strict=True)
+        span = sum((length - 1) * stride for length, stride in steps) if tensor.numel() else 0
+        if span >= _LARGEST:
             raise ValueError(
-                f"{operation}: {name} has {tensor.numel()} elements; at most {_LARGEST} are allowed; split it"
+                f"{operation}: {name} spans {span + 1} elements in memory; at most {_LARGEST} are allowed; "
+                "split it"
             )
 
 

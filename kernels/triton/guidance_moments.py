@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from safelight.kernels.triton.kernel import Kernel, Variant
-from safelight.kernels.triton.launch import launch
+from safelight.kernels.triton.launch import Argument, launch
 from safelight.kernels.triton.tuning import setting
 
 SUMS = 10  # the square of a, then means of c, d, a, then centred products cc, dd, aa, cd, ca, da
@@ -145,7 +145,7 @@ def guidance_moments(answers: Tensor, n: int, strides: tuple[int, int], *, resca
     chosen = setting("guidance_moments", size=n)
     chunks = -(-n // chosen.block)
     moments = torch.empty((answers.shape[1], SUMS, chunks), device=answers.device)
-    arguments = {"answers": answers, "moments": moments, "n": n, "chunks": chunks}
+    arguments: dict[str, Argument] = {"answers": answers, "moments": moments, "n": n, "chunks": chunks}
     arguments |= {"branch_stride": strides[0], "answer_request": strides[1]}
     constants = {"BRANCHES": len(answers), "RESCALED": rescaled, "BLOCK": chosen.block}
     constants |= {"num_warps": chosen.num_warps, "num_stages": chosen.num_stages}

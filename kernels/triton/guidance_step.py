@@ -17,7 +17,7 @@ from safelight.kernels.fused import Step
 from safelight.kernels.triton.checks import FLOATS, dense, row_strides, shaped, together, typed
 from safelight.kernels.triton.guidance_moments import guidance_moments, part, spreads
 from safelight.kernels.triton.kernel import Kernel, Variant
-from safelight.kernels.triton.launch import launch
+from safelight.kernels.triton.launch import Argument, launch
 from safelight.kernels.triton.tuning import setting
 
 _COLUMNS = tl.constexpr(6)
@@ -160,7 +160,7 @@ def guidance_step(
         raise ValueError(f"{name}: three branches need strength and threshold, float32 (R,); give both")
     rescale = rescale if branches > 1 else None
     last = x.dim() == 4 and len(x) > 0 and not x[0].is_contiguous()
-    x, x0_prev, answers = (part_.movedim(-3, -1) if last else part_ for part_ in (x, x0_prev, answers))
+    x, x0_prev, answers = (tensor.movedim(-3, -1) if last else tensor for tensor in (x, x0_prev, answers))
     made = _outputs(x, answers) if out is None else _ordered(out, last)
     amounts = {"scale": scale, "strength": strength, "threshold": threshold, "rescale": rescale}
     amounts |= {"distance": made.distance}
@@ -174,7 +174,7 @@ def guidance_step(
         moments = guidance_moments(answers, n, (branch_stride, answer_request), rescaled=rescale is not None)
         chunks = moments.shape[-1]
     chosen = setting(name, size=n)
-    arguments = {"x": x, "answers": answers, "x0_prev": x0_prev}
+    arguments: dict[str, Argument] = {"x": x, "answers": answers, "x0_prev": x0_prev}
     arguments |= {key: given.get(key, scale) for key in ("scale", "strength", "threshold", "rescale")}
     arguments |= {"table": table, "step": step, "moments": moments}
     arguments |= {"x_out": made.x, "x0_out": made.x0, "model_in": made.model_in}
@@ -195,8 +195,9 @@ def guidance_step(
 
 def _outputs(x: Tensor, answers: Tensor) -> Step:
     distance = x.new_empty(len(x), dtype=torch.float32) if len(answers) == 3 else None
-    fresh = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for _ in range(2))
-    return Step(*fresh, torch.empty(answers.shape, dtype=answers.dtype, device=x.device), distance)
+    fresh, fresh_x0 = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for _ in range(2))
+    model_in = torch.empty(answers.shape, dtype=answers.dtype, device=x.device)
+    return Step(fresh, fresh_x0, model_in, distance)
 
 
 def _ordered(step: Step, last: bool, *, back: bool = False) -> Step:
@@ -204,7 +205,7 @@ def _ordered(step: Step, last: bool, *, back: bool = False) -> Step:
     if not last:
         return step
     there, here = (-1, -3) if back else (-3, -1)
-    x, x0, model_in = (part_.movedim(there, here) for part_ in (step.x, step.x0, step.model_in))
+    x, x0, model_in = (tensor.movedim(there, here) for tensor in (step.x, step.x0, step.model_in))
     return Step(x, x0, model_in, step.distance)
 
 

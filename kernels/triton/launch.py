@@ -16,7 +16,8 @@ from safelight.errors import BackendUnavailable
 from safelight.kernels.triton.kernel import Constant, Kernel, Variant
 
 Grid = tuple[int, int, int]
-Arguments = Mapping[str, Tensor | int | float]
+Argument = Tensor | int | float
+Arguments = Mapping[str, Argument]
 Runner = Callable[[Kernel, Variant, Grid, Arguments], None]
 """Starts one variant on the current stream; the arguments are in the order of its signature."""
 
@@ -50,7 +51,9 @@ def launch(kernel: Kernel, grid: Grid, arguments: Arguments, constants: Mapping[
         return
     runner = _runner.get()
     if runner is not None:
-        runner(kernel, fitting(kernel, arguments, constants), grid, arguments)
+        variant = fitting(kernel, arguments, constants)
+        ordered = {name: arguments[name] for name, kind in variant.signature.items() if kind != "constexpr"}
+        runner(kernel, variant, grid, ordered)
     else:
         kernel.function[grid](**arguments, **constants)  # type: ignore[index]
 

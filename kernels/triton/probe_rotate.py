@@ -19,7 +19,7 @@ from safelight.kernels.fused import Directions
 from safelight.kernels.philox import Stream
 from safelight.kernels.triton.checks import FLOATS, dense, row_strides, shaped, together, typed
 from safelight.kernels.triton.kernel import Kernel, Variant
-from safelight.kernels.triton.launch import launch
+from safelight.kernels.triton.launch import Argument, launch
 from safelight.kernels.triton.normals import normals, philox_words, turn_radians, turn_word
 from safelight.kernels.triton.tuning import setting
 
@@ -292,7 +292,7 @@ def _start(
         "num_stages": chosen.num_stages,
     }
     unused = out if z is None else z
-    arguments = {
+    arguments: dict[str, Argument] = {
         "z": unused,
         "out": out,
         "seeds": seeds,

@@ -33,7 +33,7 @@ TABLE: Mapping[str, Mapping[str, Mapping[int, Setting]]] = {
         "guidance_step": {1024: Setting(1024, 4)},
         "latent_to_x0": {1024: Setting(1024, 4)},
         "resize_axis": {256: Setting(256, 4)},
-        "concept_margins": {256: Setting(256, 4)},
+        "concept_margins": {256: Setting(256, 8)},
         "margin_vote": {0: Setting(0, 1)},
     }
 }
