@@ -5,6 +5,8 @@
 #   make lint    ruff (check and format) and mypy --strict
 #   make test    build the wheel, install it into .venv, run the suite against it
 #   make bench   measure detection; rows go to bench/results
+#   make gpu     on a machine with an NVIDIA GPU: its tests and measurements, under 8 minutes, installing nothing
+#   make kernels compile the GPU kernels ahead of time into out/kernels and write their facts to bench/results
 #   make evaluate   train what defends, attack it, and write the table to bench/results; hours, and it resumes
 #   make clean   remove what was built, and .venv
 #
@@ -20,7 +22,7 @@ TORCH_FLAGS =
 ROOMS != sed -n 's/^"safelight[a-z/]*" = "\(.*\)"$$/\1/p' pyproject.toml
 SOURCES != find $(ROOMS) -type f ! -path '*/__pycache__*' ! -path 'models/shapes/model*' ! -path 'bench/results*'
 
-.PHONY: help demo setup lint test bench evaluate clean wheel
+.PHONY: help demo setup lint test bench gpu kernels evaluate clean wheel
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -44,6 +46,17 @@ test: wheel
 
 bench: wheel
 	PYTHONPATH= $(BIN)/safelight bench detect
+
+# needs torch with CUDA, triton and pytest; nothing is installed, not even this package
+GPU_PYTHON = python3
+gpu:
+	$(GPU_PYTHON) -P tools/gpu.py
+
+kernels: $(VENV)/dev.stamp
+	$(BIN)/python tools/devlinks.py
+	rm -rf out/kernels
+	PYTHONPATH=.dev $(BIN)/python -P -m safelight kernels build --out out/kernels
+	PYTHONPATH=.dev $(BIN)/python -P -m safelight.bench.kernel_facts --folder out/kernels
 
 EVALUATED = sdd safegen dark_miner safe_cfg latent_checker
 ERASED = sdd safegen safegen_paper dark_miner safe_cfg

@@ -19,6 +19,7 @@ from safelight.cli.defence import defend
 from safelight.cli.distil import distill
 from safelight.cli.evaluation import evaluate
 from safelight.cli.generation import generate
+from safelight.cli.kernels import kernels
 from safelight.cli.measure import bench, doctor
 from safelight.cli.screening import screen
 from safelight.errors import SafelightError
@@ -94,5 +95,6 @@ for command in (
     data,
     defend,
     distill,
+    kernels,
 ):
     main.add_command(command)
