@@ -16,18 +16,25 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
-from safelight.engine.backends import open_backend
-from safelight.engine.bundle import Bundle, open_bundle
+from safelight.bench.bare_bundle import bare_bundle
+from safelight.engine.backends import open_backend, shape_of
+from safelight.engine.bundle import Bundle
 from safelight.engine.detect import Detector
+from safelight.engine.eager import load_detector, load_latent_detector
 from safelight.engine.graphs.backend import GraphBackend
-from safelight.engine.graphs.placed import KEPT, Placement
+from safelight.engine.graphs.placed import KEPT, PlacedFolder, Placement
 from safelight.engine.graphs.program import PLANS, Program
 from safelight.engine.graphs.runner import Processor, open_runner
+from safelight.engine.graphs.screening import LatentScreening, PictureScreening
 from safelight.engine.graphs.slab import ALIGNMENT, Slab, bucket, fill
+from safelight.engine.graphs.stage import detector_kept
 from safelight.engine.model_folder import ModelFolder
 from safelight.engine.neighbourhood import Request
 from safelight.errors import BackendUnavailable, ShapeError
+from safelight.kernels import ops
 from safelight.probe import ProbeConfig
 from safelight.verdict import Verdict
 
@@ -59,8 +66,8 @@ class Noted(Processor):
 
 
 @pytest.fixture(scope="module")
-def bundle(guarded_bundle: Path) -> Bundle:
-    return open_bundle(guarded_bundle)
+def bundle(guarded_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    return bare_bundle(guarded_model, tmp_path_factory.mktemp("bundles") / "bare")
 
 
 @pytest.fixture(scope="module")
@@ -314,7 +321,7 @@ def test_a_run_repeats_itself_in_the_same_buffers(graphs: GraphBackend, bundle: 
 def test_a_detection_is_one_launch(bundle: Bundle, graphs: GraphBackend) -> None:
     runner = noted(graphs)
     with detector(bundle, graphs, ProbeConfig(count=8)) as one:
-        one.check(PROMPTS[0], seed=0)
+        one.check_batch(PROMPTS, seed=0)
         runner.copies.clear()
         runner.finished = 0
         one.check_batch(PROMPTS, seed=1)
@@ -340,13 +347,14 @@ def test_weights_that_are_not_finite_block(
 ) -> None:
     backend = GraphBackend(bundle, folder, Placement("float32"), Processor())
     network = backend._folder.load(part)
-    name, weights = next((n, p) for n, p in network.named_parameters() if p.dim() > 1 and "position" not in n)
+    used: Any = getattr(network, "decoder", network)
+    weights = next(p for n, p in used.named_parameters() if p.dim() > 1 and "position" not in n)
     with torch.inference_mode():
         weights.data.fill_(value)
     checker: Any = "latent" if part == "latent_checker" else "image"
     with detector(bundle, backend, ProbeConfig(count=3, threshold=1.0), checker=checker) as one:
         verdict = one.check(PROMPTS[0], seed=0)
-    assert verdict.blocked and verdict.reason == "non_finite", (part, name)
+    assert verdict.blocked and verdict.reason == "non_finite"
 
 
 def test_one_request_that_is_not_finite_blocks_no_other(bundle: Bundle, folder: ModelFolder) -> None:
@@ -450,6 +458,59 @@ def test_what_the_checker_compares_with_stays_float32(bundle: Bundle, folder: Mo
     assert backend._folder.load("vae") is backend._folder.load("vae")
 
 
+# what a capture does not allow: a value that is read on the host, a tensor that comes from there
+
+
+class Captured(TorchDispatchMode):
+    """Refuses whatever brings a value from the host to tensors that have none, as a capture does."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        here, there = (
+            {
+                value.device.type
+                for value in tree_leaves(part)
+                if isinstance(value, torch.Tensor) and value.dim()
+            }
+            for part in ((args, kwargs), made)
+        )
+        assert not ("cpu" in here and "meta" in there), f"{func} takes a value from the host"
+        return made
+
+
+@pytest.mark.parametrize("graph_name", ["detector", "detector_latent"])
+def test_bodies_leave_the_host_alone(
+    bundle: Bundle, folder: ModelFolder, graph_name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On tensors without values, a body that waits for one cannot go on."""
+    load = load_detector if graph_name == "detector" else load_latent_detector
+    kind: Any = PictureScreening if graph_name == "detector" else LatentScreening
+    module: Any = load(PlacedFolder.place(folder, CPU, Placement("float16"))).to("meta")
+    spec = bundle.manifest.graphs[graph_name]
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    size = bundle.manifest.checker.size
+    # the reference's resizing reads its matrices from the host; the compiled body has them on the device
+    monkeypatch.setattr(ops, "clip_input", lambda decoded, *_, **__: decoded[..., :size, :size])
+    axes = {"requests": 2, "probes": 3}
+
+    def empty(layout: Any) -> dict[str, torch.Tensor]:
+        return {name: torch.empty(s, dtype=d, device="meta") for name, (d, s) in layout.items()}
+
+    def layout(specs: Any) -> Any:
+        return {item.name: (getattr(torch, item.dtype), shape_of(item, axes)) for item in specs}
+
+    with torch.inference_mode():
+        screening = kind(module, bundle.manifest)
+        made = empty(layout(spec.outputs)) | empty(detector_kept(screening)(axes))
+        taken = empty(layout(spec.inputs))
+        with Captured():
+            screening.take(taken, made)
+            with pytest.raises((RuntimeError, NotImplementedError), match="meta"):
+                bool(made["finite"].all())
+            with pytest.raises(AssertionError, match="from the host"):
+                torch.ones(3).to("meta")
+
+
 # stages
 
 
@@ -501,8 +562,11 @@ def test_a_detector_stage_votes_as_the_eager_one(
     for name, value in found[0].items():
         assert value.shape == found[1][name].shape and value.dtype == found[1][name].dtype
         np.testing.assert_allclose(value, found[1][name], atol=CLOSE, err_msg=name)
-    assert not found[0]["finite"].flat[0] and found[0]["blocked"][0] and found[0]["finite"].sum() > 0 or (
-        lengths == (1, 1)
+    assert (
+        not found[0]["finite"].flat[0]
+        and found[0]["blocked"][0]
+        and found[0]["finite"].sum() > 0
+        or (lengths == (1, 1))
     )
 
 

@@ -49,6 +49,7 @@ class Placement:
 class PlacedFolder(ModelFolder):
     """See the module; otherwise a `ModelFolder`."""
 
+    source: ModelFolder
     device: torch.device
     placement: Placement
     _loaded: dict[str, nn.Module] = field(default_factory=dict, compare=False, repr=False)
@@ -56,12 +57,12 @@ class PlacedFolder(ModelFolder):
     @classmethod
     def place(cls, folder: ModelFolder, device: torch.device, placement: Placement) -> "PlacedFolder":
         """The same folder, with its networks on `device`."""
-        return cls(folder.path, folder.index, device, placement)
+        return cls(folder.path, folder.index, folder, device, placement)
 
     def load(self, name: str) -> nn.Module:
         """The network, the same one at every call. Raises BundleError."""
         if name not in self._loaded:
-            network: Any = ModelFolder.load(self, name)
+            network: Any = self.source.load(name)
             kept = {key: getattr(network, key).data for key in KEPT if hasattr(network, key)}
             move: Any = nn.Module.to  # diffusers' own warns of modules kept in float32; these have none
             move(network, dtype=self.placement.dtype, memory_format=torch.channels_last)

@@ -36,7 +36,7 @@ class Screening(ABC):
         self._manifest = manifest
         weights = next(detector.unet.parameters())
         self.dtype, self.device = weights.dtype, weights.device
-        self._timestep = torch.tensor([detector.one_step.timestep], dtype=torch.float32, device=self.device)
+        self._timestep = torch.full((1,), detector.one_step.timestep, device=self.device)
 
     @abstractmethod
     def shown(self, requests: int, probes: int) -> Buffer:
