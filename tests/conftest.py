@@ -1,16 +1,23 @@
-"""What all tests share: the tolerance table, one thread for torch, and the tiny bundle."""
+"""What all tests share: the tolerance table, one thread for torch, the tiny bundle, and Triton's bodies,
+interpreted where there is no GPU.
+"""
 
 import json
+import os
 import shutil
 import warnings
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
 torch.set_num_threads(1)
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # Triton looks at it when it is first imported
 warnings.filterwarnings("ignore", module="torch.onnx")
 
 # The tolerance of each dtype. It is never widened for a test to pass.
@@ -18,6 +25,7 @@ TOLERANCE = {
     torch.float32: {"rtol": 1e-5, "atol": 1e-6},
     np.float32: {"rtol": 1e-5, "atol": 1e-6},
     torch.float16: {"rtol": 1e-3, "atol": 1e-3},
+    torch.bfloat16: {"rtol": 8e-3, "atol": 1e-3},
 }
 
 
@@ -103,3 +111,51 @@ def guarded_bundle(tiny_bundle: Path, guarded_model: Path, tmp_path_factory: pyt
         verification=(),
     ).write(bundle)
     return bundle
+
+
+@pytest.fixture(params=["interpreted", pytest.param("cuda", marks=pytest.mark.gpu)])
+def triton_body(request: pytest.FixtureRequest) -> Callable[..., Any]:
+    """Runs an operation's Triton body on CPU tensors: by the interpreter, or compiled, on copies of the same
+    strides.
+    """
+    pytest.importorskip("triton", reason="the kernels need Triton, which is not installed")
+    from safelight.kernels import ops
+    from safelight.kernels.dispatch import _interpreted, use_backend
+
+    device = "cuda" if request.param == "cuda" else "cpu"
+    if (device == "cpu") != _interpreted():
+        pytest.skip(f"Triton is {'' if _interpreted() else 'not '}interpreted here; TRITON_INTERPRET decides")
+
+    def run(operation: str, *given: Any, **named: Any) -> Any:
+        moved = {name: _moved(value, device) for name, value in named.items()}
+        with use_backend("triton"):
+            made = getattr(ops, operation)(*(_moved(value, device) for value in given), **moved)
+        for name in ("finite", "out"):
+            if named.get(name) is not None:
+                _bring_back(named[name], moved[name])
+        return _moved(made, "cpu")
+
+    return run
+
+
+def _moved(value: Any, device: str) -> Any:
+    """The value with its tensors, those of a dataclass too, on a device, strides kept."""
+    if isinstance(value, torch.Tensor):
+        storage = torch.empty(0, dtype=value.dtype, device=value.device).set_(value.untyped_storage())
+        return storage.to(device).as_strided(value.shape, value.stride(), value.storage_offset())
+    if is_dataclass(value):
+        parts = {field.name: _moved(getattr(value, field.name), device) for field in fields(value)}
+        return replace(value, **parts)
+    return value
+
+
+def _bring_back(here: Any, there: Any) -> None:
+    """Copy what was written into copies."""
+    pairs = (
+        [(getattr(here, field.name), getattr(there, field.name)) for field in fields(here)]
+        if is_dataclass(here)
+        else [(here, there)]
+    )
+    for own, written in pairs:
+        if isinstance(own, torch.Tensor):
+            own.copy_(written.cpu())
