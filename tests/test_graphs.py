@@ -1,7 +1,7 @@
 """The GPU's way through the networks, on the processor: everything but the capture itself.
 
-What a padded run says is what an exact one says, what a drawn probe sees is what a given one sees, all ways to
-the same verdict agree, buffers never move, and whatever goes wrong on the device blocks.
+What a padded run says is what an exact one says, what a drawn probe sees is what a given one sees, all ways
+to the same verdict agree, buffers never move, and whatever goes wrong on the device blocks.
 """
 
 import math

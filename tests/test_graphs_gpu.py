@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import psutil
 import pytest
 import torch
 
@@ -30,6 +29,7 @@ from safelight.models.shapes.captions import stream
 from safelight.probe import ProbeConfig
 from safelight.verdict import Verdict
 
+psutil = pytest.importorskip("psutil")
 MODEL = Path(__file__).resolve().parents[1] / "models/shapes/model"
 pytestmark = [
     pytest.mark.gpu,
@@ -124,9 +124,9 @@ def calls_of(run: Any) -> dict[str, int]:
     from torch.profiler import ProfilerActivity, profile, record_function
 
     run()
-    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as seen:
-        with record_function("the run"):
-            run()
+    kinds = [ProfilerActivity.CPU, ProfilerActivity.CUDA]
+    with profile(activities=kinds) as seen, record_function("the run"):
+        run()
     events = list(seen.events() or [])
     whole = next(event for event in events if event.name == "the run").time_range
     inside = [e.name for e in events if whole.start <= e.time_range.start <= whole.end]

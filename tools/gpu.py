@@ -41,6 +41,10 @@ def steps() -> list[Step]:
         Step("tests", (*python, "-m", "pytest", "-q", "-m", "gpu", *marked), 200),
         Step("kernels", (*python, "-m", "safelight.bench.kernels"), 150),
     ]
+    if find_spec("diffusers"):
+        made.append(Step("detection", (*python, "-m", "safelight.bench.gpu_detect"), 240))
+    else:
+        print(f"safelight: {sys.executable} has no diffusers; detection is not measured", file=sys.stderr)
     if checker := shutil.which("compute-sanitizer"):
         made.append(Step("memory checker", (checker, "--error-exitcode", "9", *rehearsal), 100))
     else:

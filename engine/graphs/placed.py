@@ -27,8 +27,8 @@ COMPILED = ("unet", ONE_STEP, "vae")  # the networks that torch.compile is worth
 
 @dataclass(frozen=True, slots=True)
 class Placement:
-    """How networks compute. `compiled` has UNet and decoder compiled by torch.compile while a plan warms up: minutes for a full-size
-    model, once for each bucket. Raises ValueError for an unknown precision.
+    """How networks compute. `compiled` has UNet and decoder compiled by torch.compile while a plan warms up:
+    minutes for a full-size model, once for each bucket. Raises ValueError for an unknown precision.
     """
 
     precision: Precision = PRECISION

@@ -125,7 +125,7 @@ class GraphSampler(Sampler):
         program, result = self._plans.of(bucket(count), 1 + len(branches))
         program.run(values, result, repeats=(1, trajectory.steps, 1), deadline=deadline)
         found = result.arrays()
-        distance: Floats = found["sum"][:count] / np.float32(trajectory.steps)
+        distance: Any = found["sum"][:count] / np.float32(trajectory.steps)
         return found["made"][:count].copy(), distance
 
     def close(self) -> None:
