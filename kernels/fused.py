@@ -248,7 +248,7 @@ def split_block(block: Tensor, probes: int) -> tuple[Tensor, Tensor, Tensor, Ten
     Raises ValueError where the block is not one of P probes.
     """
     concepts, rest = divmod(block.shape[-1] - 2, probes) if probes else (0, -1)
-    if rest or concepts < 2:
+    if rest or concepts < 3:
         raise ValueError(f"a block of {probes} probes has P (C + 2) + 2 columns; got {block.shape[-1]}")
     cut = probes * (concepts - 2)
     margins = block[:, :cut].reshape(len(block), probes, concepts - 2)

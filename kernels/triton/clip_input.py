@@ -26,15 +26,18 @@ from safelight.kernels.triton.launch import Argument, launch
 from safelight.kernels.triton.tuning import setting
 
 CHANNELS = 3
-_ROUNDS = tl.constexpr(12582912.0)  # 1.5 * 2**23: adding and taking it off rounds halves to even
 
 
 @triton.jit
 def _level(value):
     """The 8-bit level of a decoder's value in about [-1, 1]; NaN where it is not finite."""
     known = tl.abs(value) < float("inf")
-    picture = tl.minimum(tl.maximum(value / 2.0 + 0.5, 0.0), 1.0)
-    return tl.where(known, (picture * 255.0 + _ROUNDS) - _ROUNDS, float("nan"))
+    picture = tl.minimum(tl.maximum(tl.where(known, value, 0.0) / 2.0 + 0.5, 0.0), 1.0)
+    exact = picture * 255.0  # only converted and compared, so that no compiler fuses its rounding away
+    whole = exact.to(tl.int32)
+    half = whole.to(tl.float32) + 0.5
+    up = (exact > half) | ((exact == half) & ((whole & 1) == 1))  # halves to even
+    return tl.where(known, (whole + up.to(tl.int32)).to(tl.float32), float("nan"))
 
 
 @triton.jit(do_not_specialize=["rows", "columns", "height", "width", "most"])

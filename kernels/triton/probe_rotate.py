@@ -148,6 +148,7 @@ def _probe_rotate(
             tl.store(finite + row, False)
 
 
+_NUMBERS = ("vectors", "width", "probes", "z_request", "z_vector", "stream", "circle")
 _CONSTANTS = ("DRAWN", "CIRCULAR", "MASKED", "CHECKED", "QUADS", "LENGTH", "BLOCK")
 
 
@@ -155,7 +156,6 @@ def _variant(element: str, length: int, *, drawn: bool, circular: bool) -> Varia
     """As the engine uses it: tokens are masked and checked, latents are drawn; widths are multiples of 16."""
     pointers = dict.fromkeys(("z", "out"), f"*{element}")
     pointers |= {"seeds": "*i64", "angle": "*fp32", "numbers": "*i64", "mask": "*i1", "finite": "*i1"}
-    numbers = ("vectors", "width", "probes", "z_request", "z_vector", "stream", "circle")
     if drawn:  # nothing is read, and any pointer will do
         pointers |= dict.fromkeys(("z", "mask", "finite"), f"*{element}")
     chosen = setting("probe_rotate", size=length)
@@ -163,7 +163,7 @@ def _variant(element: str, length: int, *, drawn: bool, circular: bool) -> Varia
     name = f"{'probe_latents' if drawn else 'probe_rotate'}_{element}_{length}"
     return Variant(
         name=f"{name}_circular" if circular else name,
-        signature=pointers | dict.fromkeys(numbers, "i32") | dict.fromkeys(_CONSTANTS, "constexpr"),
+        signature=pointers | dict.fromkeys(_NUMBERS, "i32") | dict.fromkeys(_CONSTANTS, "constexpr"),
         constants=dict(zip(_CONSTANTS, values, strict=True)),
         aligned=("z", "out", "width", "z_request", "z_vector"),
         num_warps=chosen.num_warps,
@@ -255,57 +255,25 @@ def _start(
     """Check what both have in common, and launch. `sizes` are the rows and strides of z."""
     requests, probes = shape[:2]
     width = math.prod(shape[2:]) // max(1, sizes["vectors"])
-    shaped(
-        name,
-        {
-            "seeds": (seeds, (requests,)),
-            "angle": (angle, (requests,)),
-            "numbers": (numbers, (probes,)),
-            "out": (out, shape),
-        },
-    )
-    typed(
-        name,
-        {
-            "seeds": (seeds, (torch.int64,)),
-            "angle": (angle, (torch.float32,)),
-            "numbers": (numbers, (torch.int64,)),
-            "out": (out, FLOATS),
-        },
-    )
+    of_requests = {"seeds": (seeds, (requests,)), "angle": (angle, (requests,))}
+    shaped(name, of_requests | {"numbers": (numbers, (probes,)), "out": (out, shape)})
+    typed(name, {"seeds": (seeds, (torch.int64,)), "numbers": (numbers, (torch.int64,))})
+    typed(name, {"angle": (angle, (torch.float32,)), "out": (out, FLOATS)})
     together(name, out=out, seeds=seeds, angle=angle, numbers=numbers)
     dense(name, out=out, seeds=seeds, angle=angle, numbers=numbers)
     if out.numel() == 0:
         return
-    quads = width % 4 == 0
+    quads, unused = width % 4 == 0, out if z is None else z
     length = max(16, triton.next_power_of_2(width if quads else width + 3))
     chosen = setting("probe_rotate", size=length)
-    constants = {
-        "DRAWN": z is None,
-        "CIRCULAR": directions.circle is not None,
-        "MASKED": mask is not None,
-        "CHECKED": finite is not None,
-        "QUADS": quads,
-        "LENGTH": length,
-        "BLOCK": min(chosen.block, length),
-        "num_warps": chosen.num_warps,
-        "num_stages": chosen.num_stages,
-    }
-    unused = out if z is None else z
-    arguments: dict[str, Argument] = {
-        "z": unused,
-        "out": out,
-        "seeds": seeds,
-        "angle": angle,
-        "numbers": numbers,
-        "mask": unused if mask is None else mask,
-        "finite": unused if finite is None else finite,
-        "vectors": sizes["vectors"],
-        "width": width,
-        "probes": probes,
-        "z_request": sizes["z_request"],
-        "z_vector": sizes["z_vector"],
-        "stream": int(directions.first),
-        "circle": directions.circle or 1,
-    }
+    values = (z is None, directions.circle is not None, mask is not None, finite is not None)
+    values = (*values, quads, length, min(chosen.block, length))
+    constants = dict(zip(_CONSTANTS, values, strict=True))
+    constants |= {"num_warps": chosen.num_warps, "num_stages": chosen.num_stages}
+    arguments: dict[str, Argument] = {"z": unused, "out": out, "seeds": seeds, "angle": angle}
+    arguments |= {"numbers": numbers, "mask": unused if mask is None else mask}
+    arguments |= {"finite": unused if finite is None else finite}
+    strides = (sizes["z_request"], sizes["z_vector"])
+    numbered = (sizes["vectors"], width, probes, *strides, int(directions.first), directions.circle or 1)
+    arguments |= dict(zip(_NUMBERS, numbered, strict=True))
     launch(KERNEL, (sizes["vectors"], probes, requests), arguments, constants)
