@@ -18,7 +18,7 @@ def in_graph(call: Call, *, calls: int = 20, repeats: int = 50) -> list[float]:
 
     Raises what the call raises when it is captured: one that waits for the GPU cannot be.
     """
-    stream = torch.cuda.Stream()
+    stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         for _ in range(WARM_UP):
@@ -47,7 +47,7 @@ def _sample(run: Call, *, calls: int, repeats: int) -> list[float]:
         run()
     found = []
     for _ in range(repeats):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start, end = _event(), _event()
         torch.cuda.synchronize()
         start.record()
         run()
@@ -57,9 +57,12 @@ def _sample(run: Call, *, calls: int, repeats: int) -> list[float]:
     return found
 
 
+def _event() -> torch.cuda.Event:
+    return torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+
+
 def launches(call: Call) -> int:
     """Kernels, copies and fills that one call starts on the GPU."""
-    from torch.autograd import DeviceType
     from torch.profiler import ProfilerActivity, profile
 
     call()
@@ -67,7 +70,7 @@ def launches(call: Call) -> int:
     with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as seen:
         call()
         torch.cuda.synchronize()
-    events = [event for event in seen.events() or [] if event.device_type == DeviceType.CUDA]
+    events = [event for event in seen.events() or [] if event.device_type.name == "CUDA"]
     return sum(not getattr(event, "is_user_annotation", False) for event in events)
 
 

@@ -12,15 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# operation -> file of kernels/triton that holds its body
-BODIES = {
-    "probe_rotate": "probe_rotate",
-    "probe_latents": "probe_rotate",
-    "guidance_step": "guidance_step",
-    "latent_to_x0": "latent_to_x0",
-    "clip_input": "clip_input",
-    "concept_vote": "concept_vote",
-}
+from safelight.kernels.dispatch import TABLE
+
 REFCHECK = "largest |difference| / largest |reference value|, first and last request"
 NORM_CHECK = "largest relative change of a vector's norm (its directions are torch's own)"
 
@@ -65,9 +58,7 @@ class Case:
 
 def body(operation: str) -> Callable[..., Any]:
     """The compiled body of an operation; it has the signature of `fused`'s."""
-    made: Callable[..., Any] = getattr(
-        import_module(f"safelight.kernels.triton.{BODIES[operation]}"), operation
-    )
+    made: Callable[..., Any] = getattr(import_module(TABLE[operation, "triton"]), operation)
     return made
 
 

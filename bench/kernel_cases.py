@@ -108,7 +108,7 @@ def guidance_step(sizes: Sizes, dtype: torch.dtype, device: str, *, branches: in
     answers = torch.randn(branches, *shape, device=device).to(dtype)
     table = torch.rand(STEPS, 6, device=device) + 0.1
     step = torch.tensor([7], device=device)
-    amounts = {"scale": torch.full((sizes.requests,), 7.5, device=device)}
+    amounts: dict[str, Any] = {"scale": torch.full((sizes.requests,), 7.5, device=device)}
     if branches == 3:
         amounts |= {
             name: torch.rand(sizes.requests, device=device) + 0.5 for name in ("strength", "threshold")
@@ -151,7 +151,10 @@ def latent_to_x0(sizes: Sizes, dtype: torch.dtype, device: str) -> Case:
     out = torch.empty_like(answers)
     given: dict[str, Any] = {"x0_z": 14.6, "x0_out": -14.5, "scaling_factor": 0.18215}
     call = body("latent_to_x0")
-    plain = lambda: fused.latent_to_x0(latents, answers, finite=finite, **given)  # noqa: E731
+
+    def plain() -> Tensor:
+        return fused.latent_to_x0(latents, answers, finite=finite, **given)
+
     return Case(
         "latent_to_x0",
         f"R{sizes.requests} P{sizes.probes} {'x'.join(map(str, sizes.latents))}",
@@ -210,7 +213,10 @@ def concept_vote(sizes: Sizes, dtype: torch.dtype, device: str) -> Case:
         torch.randn(sizes.special, sizes.embed, device=device),
         torch.rand(sizes.special, device=device) * 0.3,
     )
-    plain = lambda: fused.concept_vote(embeds, finite, need, concepts=concepts)  # noqa: E731
+
+    def plain() -> Tensor:
+        return fused.concept_vote(embeds, finite, need, concepts=concepts)
+
     out = torch.empty_like(plain())
     call = body("concept_vote")
     return Case(

@@ -19,7 +19,7 @@ REHEARSED = {"float32": 1e-5, "float16": 2e-3, "bfloat16": 1.6e-2}  # largest er
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Measure or rehearse; 1 where a rehearsal finds an error above its dtype's bound."""
+    """Measure or rehearse; 1 where that found a fault, 2 where it cannot run."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rehearse", action="store_true", help="tiny sizes, compared and not timed")
     parser.add_argument("--dtype", choices=tuple(REHEARSED), default="float16")
@@ -37,8 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     torch.manual_seed(20_250_109)
     if call.rehearse:
         return rehearse("cuda" if on_gpu else "cpu", call.dtype, call.only)
-    measure(call.out, getattr(torch, call.dtype), call.only)
-    return 0
+    return measure(call.out, getattr(torch, call.dtype), call.only)
 
 
 def rehearse(device: str, dtype: str, only: str | None) -> int:
@@ -61,30 +60,40 @@ def rehearse(device: str, dtype: str, only: str | None) -> int:
     return 1 if wrong else 0
 
 
-def measure(out: Path, dtype: Any, only: str | None) -> Path:
-    """Rows of every case at serving size and at one that fills the memory bus; returns the file."""
+def measure(out: Path, dtype: Any, only: str | None) -> int:
+    """Rows of every case at serving size and at one that fills the memory bus, written as they come.
+
+    Returns 1 where a case could not be measured, which is said; the others' rows are written all the same.
+    """
     from safelight.bench.gpu_rows import Gpu, KernelRow, write
     from safelight.bench.gpu_timing import copy_bytes_per_second
     from safelight.bench.kernel_case import SERVING
     from safelight.bench.kernel_cases import BUILDERS
 
     copy = copy_bytes_per_second()
-    print(f"copy: {copy / 1e9:.0f} GB/s read and written", flush=True)
+    gpu = Gpu.here()  # it has just worked
+    path = out / f"{gpu.slug}-kernels.csv"
+    print(f"{gpu.gpu}, copy: {copy / 1e9:.0f} GB/s read and written", flush=True)
     rows: list[KernelRow] = []
+    failed = 0
     for name, (build, many) in BUILDERS.items():
         if only and not name.startswith(only):
             continue
         for sizes in (SERVING, replace(SERVING, requests=many)):
-            case = build(sizes, dtype, "cuda")
-            made = _rows(case, str(dtype).removeprefix("torch."), copy if sizes is not SERVING else None)
+            try:
+                case = build(sizes, dtype, "cuda")
+                made = _rows(case, str(dtype).removeprefix("torch."), None if sizes is SERVING else copy)
+            except (RuntimeError, ValueError) as fault:
+                print(
+                    f"{name}, {sizes.requests} requests: not measured: {fault}", file=sys.stderr, flush=True
+                )
+                failed += 1
+                continue
             rows += made
-            for row in made:
-                print(_line(row), flush=True)
-    gpu = Gpu.here()
-    path = out / f"{gpu.slug}-kernels.csv"
-    write(path, gpu, rows)
-    print(f"safelight: {len(rows)} rows in {path}", file=sys.stderr)
-    return path
+            print(*map(_line, made), sep="\n", flush=True)
+            write(path, gpu, rows)
+    print(f"safelight: {len(rows)} rows in {path}; {failed} cases not measured", file=sys.stderr)
+    return 1 if failed or not rows else 0
 
 
 def _line(row: Any) -> str:

@@ -108,3 +108,50 @@ def test_a_difference_is_a_share_and_a_nan_is_infinite() -> None:
 
 def test_microseconds_have_percentiles_as_milliseconds_do() -> None:
     assert percentiles([3.0, 1.0, 2.0])["p50_ms"] == 2.0
+
+
+# A GPU of the test's own: the interpreter computes at tiny sizes, and clock, profiler and copy are made up.
+PRETENDED = """
+import os
+os.environ["TRITON_INTERPRET"] = "1"
+import torch
+from safelight.bench import gpu_rows, gpu_timing, kernel_case, kernel_cases
+torch.cuda.is_available = lambda: True
+torch.compile = lambda call, **_: call
+gpu_timing.in_graph = lambda call: [call(), 2.0, 4.0, 3.0][1:]
+gpu_timing.one_by_one = lambda call: [call(), 8.0][1:]
+gpu_timing.launches = lambda call: 5
+gpu_timing.copy_bytes_per_second = lambda: 1e12
+gpu = gpu_rows.Gpu("0123abc", "now", "NVIDIA Test 1", "1", "2", "3", "3.12", "2.11", "3.6")
+gpu_rows.Gpu.here = classmethod(lambda cls: gpu)
+kernel_case.SERVING = kernel_case.TINY
+def on_cpu(build):
+    return lambda sizes, dtype, device: build(sizes, dtype, "cpu")
+def broken(*_):
+    raise RuntimeError("no such memory")
+kept = ("latent_to_x0", "guidance_step, 2 branches")
+kernel_cases.BUILDERS = {"clip_input": (broken, 3)} | {
+    name: (on_cpu(kernel_cases.BUILDERS[name][0]), 3) for name in kept
+}
+"""
+
+
+def test_a_measurement_writes_what_could_be_measured(tmp_path: Path) -> None:
+    pytest.importorskip("triton", reason="the kernels need triton, which this machine has not")
+    call = ("--dtype", "float32", "--out", str(tmp_path / "results"))
+    done = bench(*call, cwd=tmp_path, before=PRETENDED)
+    assert done.returncode == 1 and "clip_input, 2 requests: not measured: no such memory" in done.stderr
+    with (tmp_path / "results/test-1-kernels.csv").open(newline="") as lines:
+        rows = list(csv.DictReader(lines))
+    assert len(rows) == 2 * 2 * 3 * 2, done.stdout + done.stderr
+    for row in rows:
+        graph = row["form"] == "in a graph"
+        assert (row["p50_us"], row["launches"], row["x_eager"]) == ("3" if graph else "8", "5", "1")
+        assert float(row["refcheck_error"]) < 1e-5
+        large = row["shape"].startswith("R3")
+        assert bool(row["pct_of_copy"]) == large
+        if large:
+            seconds = float(row["p50_us"]) * 1e-6
+            assert math.isclose(
+                float(row["pct_of_copy"]), 100 * int(row["bytes"]) / seconds / 1e12, rel_tol=1e-3
+            )

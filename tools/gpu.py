@@ -17,6 +17,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 NEEDED = ("torch", "triton", "numpy")
 LIMIT_S = 470
+MARKED = ("mark.gpu", "triton_body")  # files with either hold tests for a GPU; the second is a fixture
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +35,7 @@ def steps() -> list[Step]:
     marked = sorted(
         str(path.relative_to(ROOT))
         for path in (ROOT / "tests").glob("test_*.py")
-        if "mark.gpu" in path.read_text(encoding="utf-8")
+        if any(word in path.read_text(encoding="utf-8") for word in MARKED)
     )
     rehearsal = (*python, "-m", "safelight.bench.kernels", "--rehearse")
     made = [

@@ -41,6 +41,7 @@ def build(
     count = jobs or os.cpu_count() or 1
     if count < 1:
         raise ValueError(f"jobs must be at least 1; got {jobs}")
+    sources = source_digest()  # what is compiled, also where a file changes meanwhile
     with new_folder(out) as folder, tempfile.TemporaryDirectory() as scratch:
         with ThreadPoolExecutor(count) as pool:
             shares = pool.map(
@@ -50,7 +51,7 @@ def build(
         done = sorted((item for share in found for item in share["done"]), key=lambda item: int(item[0]))
         if not done:
             raise SafelightError(f"{source} names no kernel; there is nothing to compile")
-        manifest = _manifest([record for _, record in done], found[0]["triton"], targets)
+        manifest = _manifest([record for _, record in done], (found[0]["triton"], sources), targets)
         manifest.write(folder)
     return manifest
 
@@ -78,8 +79,13 @@ def _share(
     return values
 
 
-def _manifest(records: Sequence[dict[str, Any]], triton: str, targets: Sequence[str]) -> KernelManifest:
-    """Gather records, one a (variant, target), by kernel and by variant."""
+def _manifest(
+    records: Sequence[dict[str, Any]], made_from: tuple[str, str], targets: Sequence[str]
+) -> KernelManifest:
+    """Gather records, one a (variant, target), by kernel and by variant.
+
+    `made_from` is Triton's version and the digest of the sources.
+    """
     kernels: dict[str, dict[str, Any]] = {}
     for record in records:
         kernel = kernels.setdefault(
@@ -94,8 +100,8 @@ def _manifest(records: Sequence[dict[str, Any]], triton: str, targets: Sequence[
         raise SafelightError(f"two kernels have a variant {twice[0]!r}; a variant's name is its own")
     values = {
         "safelight": __version__,
-        "triton": triton,
-        "source": source_digest(),
+        "triton": made_from[0],
+        "source": made_from[1],
         "targets": list(targets),
         "kernels": [kernel | {"variants": list(kernel["variants"].values())} for kernel in kernels.values()],
         "safelight_kernels": 1,

@@ -220,7 +220,8 @@ class KernelLibrary:
     ) -> None:
         """Start a variant on torch's current stream: a runner for `kernels.triton.launch.use_runner`.
 
-        With it nothing is compiled: what the folder does not hold raises, as by `function` and `launch`.
+        With it nothing is compiled: what the folder does not hold raises, as by `function` and `launch`. A
+        variant is loaded by its first launch, which must not be in the capture of a graph: warm up before.
         """
         loaded = self.function(variant.name)
         loaded.launch(grid, *(arguments[item.name] for item in loaded.arguments))

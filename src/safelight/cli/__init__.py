@@ -29,6 +29,7 @@ EXTRAS = {
     **dict.fromkeys(("torch", "diffusers", "transformers", "safetensors"), "torch"),
     **dict.fromkeys(("onnx", "onnxscript", "onnx_ir"), "export"),
     **dict.fromkeys(("tqdm", "accelerate", "peft"), "train"),
+    **dict.fromkeys(("triton",), "kernels"),
     **dict.fromkeys(("matplotlib",), "plot"),
     **dict.fromkeys(("pyarrow",), "parquet"),
 }

@@ -1,0 +1,95 @@
+"""The project's compiled kernels spill no register and move 16 bytes at once where their promises allow it.
+
+The committed table says so for every variant on every target; here all variants are compiled for one target
+and some of each kernel for all, and compared with the table's rows.
+"""
+
+import csv
+import os
+from pathlib import Path
+
+import pytest
+
+from safelight.bench.kernel_facts import COMMAND, TABLE, Facts, facts
+from safelight.kernels.ahead.build import build
+from safelight.kernels.ahead.manifest import installed_triton
+from safelight.kernels.ahead.target import TARGETS
+
+pytest.importorskip("triton", reason="compiling needs triton, which this machine has not")
+ROOT = Path(__file__).resolve().parents[1]
+EVERYWHERE = "sm_90"  # the target that every variant is compiled for here
+
+# kernel -> the ways in which its bulk is moved; a sum, a flag or a request's own numbers are not its bulk
+WIDE = {
+    "probe_rotate": ("load", "store"),
+    "guidance_moments": ("load",),
+    "guidance_step": ("load", "store"),
+    "latent_to_x0": ("load", "store"),
+    "concept_margins": ("load",),
+}
+# variants that draw what they would load
+DRAWN = "probe_latents"
+NARROW = {
+    "resize_axis": "the pixels under a filter begin anywhere, whatever the row is aligned to",
+    "margin_vote": "a probe has a handful of margins, and they lie apart in the block",
+}
+SOME = """
+from dataclasses import replace
+from safelight.kernels.triton import kernels
+def some():
+    return tuple(replace(kernel, variants=(kernel.variants[0], kernel.variants[-1])) for kernel in kernels())
+"""
+
+
+def committed() -> list[dict[str, str]]:
+    with (ROOT / TABLE).open(encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory: pytest.TempPathFactory) -> list[Facts]:
+    """All variants on one target, and the first and last of each kernel on the others."""
+    made = tmp_path_factory.mktemp("kernels")
+    (made / "some_kernels.py").write_text(SOME, encoding="utf-8")
+    others = tuple(target for target in TARGETS if target != EVERYWHERE)
+    with pytest.MonkeyPatch.context() as patch:
+        path = [str(made), *filter(None, [os.environ.get("PYTHONPATH")])]
+        patch.setenv("PYTHONPATH", os.pathsep.join(path))
+        build(made / "some", targets=others, source="some_kernels:some")
+    build(made / "all", targets=(EVERYWHERE,))
+    return facts(made / "all") + facts(made / "some")
+
+
+def test_no_kernel_spills(rows: list[Facts]) -> None:
+    assert {row.target for row in rows} == set(TARGETS)
+    assert [(row.variant, row.target, row.spill_bytes) for row in rows if row.spill_bytes or row.local] == []
+
+
+def test_what_is_aligned_is_moved_16_bytes_at_once(rows: list[Facts]) -> None:
+    assert {row.kernel for row in rows} == WIDE.keys() | NARROW.keys()
+    lacking = [
+        (row.variant, row.target, way)
+        for row in rows
+        for way in WIDE.get(row.kernel, ())
+        if not (way == "load" and row.variant.startswith(DRAWN)) and not getattr(row, f"{way}_128")
+    ]
+    assert lacking == []
+    assert all(row.aligned for row in rows if row.kernel in WIDE)
+
+
+def test_the_committed_table_is_complete_and_clean(rows: list[Facts]) -> None:
+    table = committed()
+    variants = {(row.kernel, row.variant) for row in rows}
+    wanted = sorted((*variant, target) for variant in variants for target in TARGETS)
+    found = sorted((row["kernel"], row["variant"], row["target"]) for row in table)
+    assert found == wanted, f"{TABLE} is of other kernels; do: {COMMAND}"
+    assert [row["variant"] for row in table if row["spill_bytes"] != "0" or row["local"] != "0"] == []
+
+
+def test_the_committed_table_is_what_the_kernels_give(rows: list[Facts]) -> None:
+    table = {(row["variant"], row["target"]): row for row in committed()}
+    if (theirs := next(iter(table.values()))["triton"]) != (here := installed_triton()):
+        pytest.skip(f"the table was made by triton {theirs}, and {here} is installed here")
+    for row in rows:
+        ours = {name: str(getattr(row, name)) for name in Facts.__slots__}
+        assert table[row.variant, row.target] == ours, f"{TABLE} is stale; do: {COMMAND}"
