@@ -74,8 +74,10 @@ def open_backend(
     device: str | None = None,
     precision: str | None = None,
     compiled: bool = False,
+    kernels: Path | None = None,
 ) -> Backend:
-    """The backend of that name. `device` (`cpu`, `cuda`, `cuda:N`), `precision` and `compiled` go with torch.
+    """The backend of that name. `device` (`cpu`, `cuda`, `cuda:N`), `precision`, `compiled` (by
+    torch.compile) and `kernels`, a folder of `safelight kernels build`, go with torch.
 
     Raises ValueError for an unknown name or option and BackendUnavailable where it cannot run.
     """
@@ -83,7 +85,12 @@ def open_backend(
         raise ValueError(f"backend must be one of {BACKENDS}; got {name!r}")
     if threads is not None and threads < 1:
         raise ValueError(f"threads must be at least 1; got {threads}")
-    options: dict[str, Any] = {"device": device, "precision": precision, "compiled": compiled or None}
+    options: dict[str, Any] = {
+        "device": device,
+        "precision": precision,
+        "compiled": compiled or None,
+        "kernels": kernels,
+    }
     options = {option: value for option, value in options.items() if value is not None}
     if options and name != "torch":
         raise ValueError(f"{', '.join(options)}: goes with backend torch; got backend {name!r}")

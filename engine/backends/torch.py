@@ -108,20 +108,23 @@ def open_backend(
     device: str = "cpu",
     precision: Precision | None = None,
     compiled: bool = False,
+    kernels: Path | None = None,
 ) -> TorchBackend | GraphBackend:
     """The backend, on `model` or, for the shipped bundle, on the folder beside it.
 
-    `precision` and `compiled` are those of `engine.graphs.placed.Placement`, on a GPU alone. Raises
+    `precision` and `compiled` are those of `engine.graphs.placed.Placement`, `kernels` that of
+    `engine.graphs.runner.open_runner`, on a GPU alone. Raises
     BundleError, BackendUnavailable where torch has no such device, and ValueError for what a device does not
     take.
     """
-    if device == "cpu" and (compiled or precision not in (None, "float32")):
+    if device == "cpu" and (compiled or kernels or precision not in (None, "float32")):
         raise ValueError(
             f"backend torch is the definition on the processor, float32 and eager; got precision "
-            f"{precision!r}, compiled {compiled!r}; name a device such as 'cuda' too, or leave them out"
+            f"{precision!r}, compiled {compiled!r}, kernels {kernels}; name a device such as 'cuda' too, or "
+            "leave them out"
         )
     placement = Placement(precision or PRECISION, compiled)
-    runner = None if device == "cpu" else open_runner(device)  # before anything is read
+    runner = None if device == "cpu" else open_runner(device, kernels=kernels)  # before anything is read
     source = bundle.manifest.source
     folder = model or (MODEL_FOLDER if source.name == SHIPPED else None)
     if folder is None or not folder.is_dir():

@@ -23,7 +23,10 @@ from safelight.kernels.fused import seed_bits, split_block
 from safelight.manifest import Manifest
 from safelight.probe import ProbeConfig, ProbeKind
 
-ROWS = 64  # probes in one run: enough to fill a large GPU at 512 px
+ROWS = 64  # probes in one run, at most; more gain nothing
+AREA = (
+    16 * 64 * 64
+)  # latent pixels in one run, at least 8 probes: 16 of 512 px fill a large GPU and fit a small one
 
 
 class OneLaunchModel(ProbeModel):
@@ -38,6 +41,8 @@ class OneLaunchModel(ProbeModel):
         self._label = label
         self._neighbourhood = Neighbourhood(manifest, config, width=1)  # only tokens are drawn with it
         self._plans = Plans(self._program)
+        _, height, width = manifest.picture.latents
+        self._rows = min(ROWS, max(8, AREA // (height * width)))
 
     @property
     def device(self) -> str:
@@ -47,7 +52,7 @@ class OneLaunchModel(ProbeModel):
     @property
     def rows(self) -> int | None:
         """See `ProbeModel`."""
-        return ROWS
+        return self._rows
 
     def distinct(self, request: Request, probes: int) -> int:
         """How many of the first `probes` probes differ."""
@@ -116,7 +121,7 @@ class OneLaunchCascade(Cascade):
     @property
     def rows(self) -> int | None:
         """See `ProbeModel`."""
-        return ROWS
+        return self._student.rows
 
     def resolve(self, latents: NDArray[np.float32], *, deadline: float | None = None) -> Looks:
         """See `Cascade`."""

@@ -28,7 +28,8 @@ COMPILED = ("unet", ONE_STEP, "vae")  # the networks that torch.compile is worth
 @dataclass(frozen=True, slots=True)
 class Placement:
     """How networks compute. `compiled` has UNet and decoder compiled by torch.compile while a plan warms up:
-    minutes for a full-size model, once for each bucket. Raises ValueError for an unknown precision.
+    minutes for a full-size model, once for each bucket, up to torch's own limit of recompilations; beyond it
+    a bucket runs uncompiled. Raises ValueError for an unknown precision.
     """
 
     precision: Precision = PRECISION

@@ -8,15 +8,19 @@ import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 
 from safelight.engine.graphs.slab import Layout, Slab
 from safelight.errors import BackendUnavailable, SafelightError
+from safelight.kernels.ahead.launcher import KernelLibrary
+from safelight.kernels.triton.launch import use_runner
 
 Body = Callable[[], None]
 WARM_UPS = 3  # calls of a body before it is captured: lazy initialisation, choice of algorithms, compilation
+_CAPTURE = threading.Lock()  # torch allows one capture at a time in a process
 PAUSE_S = 20e-6  # between two looks at a stream, where a deadline is set
 
 
@@ -102,9 +106,11 @@ class Gpu:
     another and none keeps anything there between two replays.
     """
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, kernels: Path | None = None) -> None:
+        """`kernels` as for `open_runner`."""
         self.device = device
         self.turn = threading.RLock()
+        self._library = None if kernels is None else KernelLibrary.open(kernels, device=device.index)
         self._stream: Any = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self._pool = torch.cuda.graph_pool_handle()
         self._busy = False
@@ -135,7 +141,8 @@ class Gpu:
         chosen = torch.backends.cudnn.flags(
             enabled=True, benchmark=True, deterministic=False, allow_tf32=False
         )
-        with self._on(), _memory(self.device), chosen:
+        library = nullcontext() if self._library is None else use_runner(self._library.run)
+        with _CAPTURE, self._on(), _memory(self.device), chosen, library:
             for _ in range(WARM_UPS):
                 body()
             self._stream.synchronize()
@@ -202,8 +209,9 @@ def _first_line(error: BaseException) -> str:
     return lines[0].rstrip(".")
 
 
-def open_runner(device: str) -> Runner:
-    """The runner of `cpu`, `cuda` (the first one) or `cuda:N`.
+def open_runner(device: str, *, kernels: Path | None = None) -> Runner:
+    """The runner of `cpu`, `cuda` (the first one) or `cuda:N`. `kernels` is a folder that `safelight kernels
+    build` made: then nothing is compiled here, and a kernel that it does not hold is an error.
 
     Raises ValueError for another word, and BackendUnavailable where torch has no such device: nothing else is
     taken in its place.
@@ -226,4 +234,4 @@ def open_runner(device: str) -> Runner:
             f"torch: device {device!r} needs Triton, which is not installed; do: pip install "
             "'safelight[kernels]'"
         )
-    return Gpu(torch.device("cuda", index))
+    return Gpu(torch.device("cuda", index), kernels)
