@@ -21,6 +21,7 @@ from safelight.engine.guidance import SafeCFG
 from safelight.engine.model_folder import ModelFolder
 from safelight.engine.sampler import Sampler, Trajectory, open_sampler
 from safelight.errors import ShapeError
+from safelight.kernels.dispatch import use_backend
 from safelight.probe import ProbeConfig
 
 
@@ -205,3 +206,20 @@ def test_two_bytes_keep_their_state_in_four(bundle: Bundle, guarded_model: Path,
     program: Any = next(iter(sampler._plans._kept.values()))[0]  # type: ignore[attr-defined]
     assert {program.made[name].dtype for name in ("x", "x0", "distance")} == {torch.float32}
     assert program.made["model_in"].dtype is torch.bfloat16
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU compiles the kernels; tests marked gpu run them")
+@pytest.mark.parametrize("safe", [False, True])
+def test_a_compiled_step_takes_what_it_is_given(
+    bundle: Bundle, guarded_model: Path, pair: Any, safe: bool
+) -> None:
+    pytest.importorskip("triton", reason="the kernels need triton, which this machine has not")
+    hidden, free, redirected, latents = drawn(bundle, 2)
+    trajectory, found = Trajectory(3, 4.0, "dpmpp_2m"), []
+    for name in ("triton", "reference"):
+        with use_backend(name):
+            if safe:
+                found += [pair[0].sample_safely(hidden, free, redirected, latents, trajectory, SafeCFG())[0]]
+            else:
+                found += [pair[0].sample(hidden, free, latents, trajectory)]
+    np.testing.assert_allclose(found[0], found[1], atol=1e-4 * np.abs(found[1]).max())

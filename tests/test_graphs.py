@@ -35,6 +35,7 @@ from safelight.engine.model_folder import ModelFolder
 from safelight.engine.neighbourhood import Request
 from safelight.errors import BackendUnavailable, ShapeError
 from safelight.kernels import ops
+from safelight.kernels.dispatch import use_backend
 from safelight.probe import ProbeConfig
 from safelight.verdict import Verdict
 
@@ -426,6 +427,27 @@ def test_two_threads_share_a_detector(bundle: Bundle, graphs: GraphBackend) -> N
         for worker in workers:
             worker.join()
     assert wrong == []
+
+
+# the compiled bodies, by Triton's interpreter where there is no GPU
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU compiles the kernels; tests marked gpu run them")
+@pytest.mark.parametrize(
+    "probe",
+    [ProbeConfig(count=2, kind="circular", target="both"), ProbeConfig(count=2)],
+    ids=lambda probe: f"{probe.kind}-{probe.target}",
+)
+def test_compiled_operations_take_what_they_are_given(
+    bundle: Bundle, folder: ModelFolder, probe: ProbeConfig
+) -> None:
+    pytest.importorskip("triton", reason="the kernels need triton, which this machine has not")
+    backend = GraphBackend(bundle, folder, Placement("float16"), Processor())
+    found = []
+    for name in ("triton", "reference"):
+        with detector(bundle, backend, probe, checker="latent") as one, use_backend(name):
+            found.append(one.check_batch(PROMPTS[:2], seed=SEEDS[:2]))
+    assert_same(*found, within=1e-2)
 
 
 # precision
