@@ -69,7 +69,7 @@ def _load(operation: str, backend: str) -> Callable[..., Any]:
 
 def _triton_fault(tensor: Tensor) -> str | None:
     """Why Triton's bodies cannot take this tensor, or None."""
-    if find_spec("triton") is None:
+    if not _installed():
         return "needs Triton, which is not installed (pip install 'safelight[kernels]')"
     if tensor.device.type == "cuda" or _interpreted():
         return None
@@ -77,6 +77,11 @@ def _triton_fault(tensor: Tensor) -> str | None:
         f"needs a CUDA device, and its tensors are on {tensor.device.type}; move them, or set "
         "TRITON_INTERPRET=1 before Triton is first imported"
     )
+
+
+@cache
+def _installed() -> bool:
+    return find_spec("triton") is not None
 
 
 @cache

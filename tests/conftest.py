@@ -114,22 +114,26 @@ def guarded_bundle(tiny_bundle: Path, guarded_model: Path, tmp_path_factory: pyt
 
 
 @pytest.fixture(params=["interpreted", pytest.param("cuda", marks=pytest.mark.gpu)])
-def triton_body(request: pytest.FixtureRequest) -> Callable[..., Any]:
-    """Runs an operation's Triton body on CPU tensors: by the interpreter, or compiled, on copies of the same
-    strides.
-    """
+def triton_device(request: pytest.FixtureRequest) -> str:
+    """Where Triton's functions run: `cpu` by the interpreter, or `cuda` compiled."""
     pytest.importorskip("triton", reason="the kernels need Triton, which is not installed")
-    from safelight.kernels import ops
-    from safelight.kernels.dispatch import _interpreted, use_backend
+    from safelight.kernels.dispatch import _interpreted
 
-    device = "cuda" if request.param == "cuda" else "cpu"
-    if (device == "cpu") != _interpreted():
+    if (request.param == "interpreted") != _interpreted():
         pytest.skip(f"Triton is {'' if _interpreted() else 'not '}interpreted here; TRITON_INTERPRET decides")
+    return "cpu" if _interpreted() else "cuda"
+
+
+@pytest.fixture
+def triton_body(triton_device: str) -> Callable[..., Any]:
+    """Runs an operation's Triton body on CPU tensors, or on copies of the same strides on the GPU."""
+    from safelight.kernels import ops
+    from safelight.kernels.dispatch import use_backend
 
     def run(operation: str, *given: Any, **named: Any) -> Any:
-        moved = {name: _moved(value, device) for name, value in named.items()}
+        moved = {name: _moved(value, triton_device) for name, value in named.items()}
         with use_backend("triton"):
-            made = getattr(ops, operation)(*(_moved(value, device) for value in given), **moved)
+            made = getattr(ops, operation)(*(_moved(value, triton_device) for value in given), **moved)
         for name in ("finite", "out"):
             if named.get(name) is not None:
                 _bring_back(named[name], moved[name])

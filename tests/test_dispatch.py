@@ -17,7 +17,7 @@ from safelight.kernels.dispatch import OPERATIONS, use_backend
 from safelight.kernels.philox import Stream
 
 WITH_TRITON = pytest.mark.skipif(
-    dispatch.find_spec("triton") is None, reason="the kernels need Triton, which is not installed"
+    not dispatch._installed(), reason="the kernels need Triton, which is not installed"
 )
 
 
@@ -43,7 +43,7 @@ def test_the_default_follows_the_device_and_a_name_is_obeyed(monkeypatch: pytest
     called = []
     monkeypatch.setattr(dispatch, "_load", lambda name, backend: lambda *_, **__: called.append(backend))
     monkeypatch.setattr(dispatch, "_interpreted", lambda: True)
-    monkeypatch.setattr(dispatch, "find_spec", lambda name: name)
+    monkeypatch.setattr(dispatch, "_installed", lambda: True)
     x0(torch.zeros(1, 1, 4))
     x0(torch.zeros(1, 1, 4, device="meta"))
     with use_backend("triton"):
@@ -56,16 +56,16 @@ def test_the_default_follows_the_device_and_a_name_is_obeyed(monkeypatch: pytest
 
 
 @pytest.mark.parametrize(
-    ("found", "interpreted", "named"),
+    ("installed", "interpreted", "named"),
     [
-        (None, True, r"needs Triton, which is not installed \(pip install 'safelight\[kernels\]'\)"),
-        ("triton", False, "needs a CUDA device, and its tensors are on cpu; move them"),
+        (False, True, r"needs Triton, which is not installed \(pip install 'safelight\[kernels\]'\)"),
+        (True, False, "needs a CUDA device, and its tensors are on cpu; move them"),
     ],
 )
 def test_what_cannot_be_met_is_refused_and_nothing_else_is_tried(
-    monkeypatch: pytest.MonkeyPatch, found: str | None, interpreted: bool, named: str
+    monkeypatch: pytest.MonkeyPatch, installed: bool, interpreted: bool, named: str
 ) -> None:
-    monkeypatch.setattr(dispatch, "find_spec", lambda name: found)
+    monkeypatch.setattr(dispatch, "_installed", lambda: installed)
     monkeypatch.setattr(dispatch, "_interpreted", lambda: interpreted)
     with (
         use_backend("triton"),

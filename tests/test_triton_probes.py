@@ -170,16 +170,11 @@ def draw(seed, words, drawn, stream, probe, BLOCK: tl.constexpr):
     tl.store(drawn + tl.arange(0, 4 * BLOCK), normals(tl.load(seed), stream, probe, block))
 
 
-def test_words_are_the_definition_s_bit_for_bit_and_normals_relative_to_each() -> None:
-    from safelight.kernels.dispatch import _interpreted
-
-    device = "cpu" if _interpreted() else "cuda"
-    if device == "cuda" and not torch.cuda.is_available():
-        pytest.skip("no NVIDIA GPU here, and Triton is not interpreted")
+def test_words_are_the_definition_s_bit_for_bit_and_normals_relative_to_each(triton_device: str) -> None:
     for seed in (0, 2**32, 2**64 - 1):
-        words = torch.empty(4 * 16384, dtype=torch.int64, device=device)
-        drawn = torch.empty(4 * 16384, device=device)
-        draw[(1,)](seeds(seed).to(device), words, drawn, int(Stream.PHASE), 3, 16384)
+        words = torch.empty(4 * 16384, dtype=torch.int64, device=triton_device)
+        drawn = torch.empty(4 * 16384, device=triton_device)
+        draw[(1,)](seeds(seed).to(triton_device), words, drawn, int(Stream.PHASE), 3, 16384)
         truth = reference.philox_words(seed, Stream.PHASE, 4 * 16384, probe=3)
         assert torch.equal(words.cpu(), truth)
         exact = reference.philox_normals(seed, Stream.PHASE, 4 * 16384, probe=3)

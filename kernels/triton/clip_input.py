@@ -22,7 +22,7 @@ from torch import Tensor
 from safelight.kernels.resize import crop_window, resize_matrix, vertical_first
 from safelight.kernels.triton.checks import FLOATS, dense, shaped, together, typed
 from safelight.kernels.triton.kernel import Kernel, Variant
-from safelight.kernels.triton.launch import Argument, launch
+from safelight.kernels.triton.launch import Argument, launch, tuned
 from safelight.kernels.triton.tuning import setting
 
 CHANNELS = 3
@@ -239,7 +239,7 @@ def _pass(
     deviation: Tensor,
     last: bool = False,
 ) -> None:
-    chosen = setting("resize_axis", size=out.shape[3])
+    chosen = tuned("resize_axis", out, size=out.shape[3])
     tensors = (source, out, out if finite is None else finite, taps.firsts, taps.counts, taps.weights)
     sizes = (*source.shape[2:], *out.shape[2:], len(taps.weights))
     arguments: dict[str, Argument] = dict(zip(_POINTERS, (*tensors, mean, deviation), strict=True))

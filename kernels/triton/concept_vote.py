@@ -18,7 +18,7 @@ from safelight.kernels.fused import Concepts
 from safelight.kernels.reference import SPECIAL_CARE
 from safelight.kernels.triton.checks import FLOATS, dense, row_strides, shaped, together, typed
 from safelight.kernels.triton.kernel import Kernel, Variant
-from safelight.kernels.triton.launch import Argument, launch
+from safelight.kernels.triton.launch import Argument, launch, tuned
 from safelight.kernels.triton.tuning import setting
 
 _CARE = tl.constexpr(SPECIAL_CARE)
@@ -215,7 +215,7 @@ def concept_vote(
     together(name, image_embeds=image_embeds, **tensors)
     dense(name, **tensors)
     block = _block(name, image_embeds, finite, need, concepts=count, out=out)
-    chosen = setting("concept_margins")
+    chosen = tuned("concept_margins", image_embeds)
     arguments: dict[str, Argument] = {
         "embeds": image_embeds,
         "concept_embeds": concepts.embeds,
@@ -259,7 +259,7 @@ def _vote(
     margins: Tensor, finite: Tensor, need: Tensor, block: Tensor, *, strides: tuple[int, ...], copied: bool
 ) -> None:
     requests, probes, concepts = margins.shape
-    chosen = setting("margin_vote")
+    chosen = tuned("margin_vote", margins)
     arguments: dict[str, Argument] = {"margins": margins, "finite": finite, "need": need}
     arguments |= {"block": block} | dict(zip(_VOTE_SIZES, (probes, concepts, *strides), strict=True))
     values = (copied, triton.next_power_of_2(max(probes, 8)), triton.next_power_of_2(max(concepts, 4)))

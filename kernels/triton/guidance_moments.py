@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from safelight.kernels.triton.kernel import Kernel, Variant
-from safelight.kernels.triton.launch import Argument, launch
+from safelight.kernels.triton.launch import Argument, launch, tuned
 from safelight.kernels.triton.tuning import setting
 
 SUMS = 10  # the square of a, then means of c, d, a, then centred products cc, dd, aa, cd, ca, da
@@ -142,7 +142,7 @@ def guidance_moments(answers: Tensor, n: int, strides: tuple[int, int], *, resca
     answers (B, R, ...) of n elements a request, with the strides of its first two axes; checked by
     `guidance_step`.
     """
-    chosen = setting("guidance_moments", size=n)
+    chosen = tuned("guidance_moments", answers, size=n)
     chunks = -(-n // chosen.block)
     moments = torch.empty((answers.shape[1], SUMS, chunks), device=answers.device)
     arguments: dict[str, Argument] = {"answers": answers, "moments": moments, "n": n, "chunks": chunks}

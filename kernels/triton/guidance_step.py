@@ -17,7 +17,7 @@ from safelight.kernels.fused import Step
 from safelight.kernels.triton.checks import FLOATS, dense, row_strides, shaped, together, typed
 from safelight.kernels.triton.guidance_moments import guidance_moments, part, spreads
 from safelight.kernels.triton.kernel import Kernel, Variant
-from safelight.kernels.triton.launch import Argument, launch
+from safelight.kernels.triton.launch import Argument, launch, tuned
 from safelight.kernels.triton.tuning import setting
 
 _COLUMNS = tl.constexpr(6)
@@ -173,7 +173,7 @@ def guidance_step(
     if reduced and x.numel():
         moments = guidance_moments(answers, n, (branch_stride, answer_request), rescaled=rescale is not None)
         chunks = moments.shape[-1]
-    chosen = setting(name, size=n)
+    chosen = tuned(name, x, size=n)
     arguments: dict[str, Argument] = {"x": x, "answers": answers, "x0_prev": x0_prev}
     arguments |= {key: given.get(key, scale) for key in ("scale", "strength", "threshold", "rescale")}
     arguments |= {"table": table, "step": step, "moments": moments}
@@ -184,7 +184,7 @@ def guidance_step(
         branches,
         rescale is not None,
         triton.next_power_of_2(chunks),
-        setting("guidance_moments", size=n).block,
+        tuned("guidance_moments", x, size=n).block,
         chosen.block,
     )
     constants = dict(zip(_CONSTANTS, values, strict=True))

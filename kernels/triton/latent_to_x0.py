@@ -13,7 +13,7 @@ from torch import Tensor
 
 from safelight.kernels.triton.checks import FLOATS, dense, row_strides, shaped, together, typed
 from safelight.kernels.triton.kernel import Kernel, Variant
-from safelight.kernels.triton.launch import Argument, launch
+from safelight.kernels.triton.launch import Argument, launch, tuned
 from safelight.kernels.triton.tuning import setting
 
 
@@ -105,7 +105,7 @@ def latent_to_x0(
     together(name, latents=latents, answers=answers, out=made, finite=finite)
     dense(name, out=made, finite=finite)
     strides = (*row_strides(name, "latents", latents, 2), *row_strides(name, "answers", answers, 2))
-    n, chosen = answers[0, 0].numel() if answers.numel() else 0, setting(name)
+    n, chosen = answers[0, 0].numel() if answers.numel() else 0, tuned(name, answers)
     arguments: dict[str, Argument] = {"latents": latents, "answers": answers, "out": made}
     arguments |= {"finite": made if finite is None else finite}
     arguments |= dict(zip(_NUMBERS, (n, probes, *strides), strict=True))

@@ -7,6 +7,7 @@ time raises.
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
+from functools import cache
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from safelight.errors import BackendUnavailable
 from safelight.kernels.triton.kernel import Constant, Kernel, Variant
+from safelight.kernels.triton.tuning import DEFAULT, Setting, setting
 
 Grid = tuple[int, int, int]
 Argument = Tensor | int | float
@@ -35,7 +37,7 @@ _runner: ContextVar[Runner | None] = ContextVar("safelight_kernel_runner", defau
 
 @contextmanager
 def use_runner(runner: Runner) -> Iterator[None]:
-    """Start kernels by `runner` inside the block; it is given variants of `kernel.variants` alone."""
+    """Start the kernels of this thread by `runner` inside the block; it is given variants of theirs alone."""
     token = _runner.set(runner)
     try:
         yield
@@ -57,6 +59,20 @@ def launch(kernel: Kernel, grid: Grid, arguments: Arguments, constants: Mapping[
         runner(kernel, variant, grid, ordered)
     else:
         kernel.function[grid](**arguments, **constants)  # type: ignore[index]
+
+
+def tuned(kernel: str, tensor: Tensor, *, size: int = 0) -> Setting:
+    """The setting of a kernel on the tensor's device, for rows of `size` elements; the default one where a
+    runner is set, since what was built ahead of time was built with that.
+    """
+    if tensor.device.type != "cuda" or _runner.get() is not None:
+        return setting(kernel, DEFAULT, size=size)
+    return setting(kernel, _name(tensor.device), size=size)
+
+
+@cache
+def _name(device: torch.device) -> str:
+    return str(torch.cuda.get_device_name(device))
 
 
 def fitting(kernel: Kernel, arguments: Arguments, constants: Mapping[str, Constant]) -> Variant:

@@ -18,8 +18,8 @@ from torch import Tensor
 from safelight.kernels.fused import Directions
 from safelight.kernels.philox import Stream
 from safelight.kernels.triton.checks import FLOATS, dense, row_strides, shaped, together, typed
-from safelight.kernels.triton.kernel import Kernel, Variant
-from safelight.kernels.triton.launch import Argument, launch
+from safelight.kernels.triton.kernel import Constant, Kernel, Variant
+from safelight.kernels.triton.launch import Argument, launch, tuned
 from safelight.kernels.triton.normals import normals, philox_words, turn_radians, turn_word
 from safelight.kernels.triton.tuning import setting
 
@@ -265,10 +265,10 @@ def _start(
         return
     quads, unused = width % 4 == 0, out if z is None else z
     length = max(16, triton.next_power_of_2(width if quads else width + 3))
-    chosen = setting("probe_rotate", size=length)
-    values = (z is None, directions.circle is not None, mask is not None, finite is not None)
-    values = (*values, quads, length, min(chosen.block, length))
-    constants = dict(zip(_CONSTANTS, values, strict=True))
+    chosen = tuned("probe_rotate", out, size=length)
+    modes = (z is None, directions.circle is not None, mask is not None, finite is not None)
+    values: tuple[Constant, ...] = (*modes, quads, length, min(chosen.block, length))
+    constants: dict[str, Constant] = dict(zip(_CONSTANTS, values, strict=True))
     constants |= {"num_warps": chosen.num_warps, "num_stages": chosen.num_stages}
     arguments: dict[str, Argument] = {"z": unused, "out": out, "seeds": seeds, "angle": angle}
     arguments |= {"numbers": numbers, "mask": unused if mask is None else mask}
