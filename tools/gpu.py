@@ -7,10 +7,12 @@ minutes; the last line says what failed. Rows are in bench/results.
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -22,11 +24,12 @@ MARKED = ("mark.gpu", "triton_body")  # files with either hold tests for a GPU; 
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """A command from the root, and the most seconds that it may take."""
+    """A command from the root, the most seconds that it may take, and variables of its own."""
 
     name: str
     command: tuple[str, ...]
     limit_s: int
+    variables: Mapping[str, str] = field(default_factory=dict)
 
 
 def steps() -> list[Step]:
@@ -37,9 +40,11 @@ def steps() -> list[Step]:
         for path in (ROOT / "tests").glob("test_*.py")
         if any(word in path.read_text(encoding="utf-8") for word in MARKED)
     )
+    # each process compiles for itself, which is most of the tests' time
+    workers = ("-n", str(min(8, os.cpu_count() or 1))) if find_spec("xdist") else ()
     rehearsal = (*python, "-m", "safelight.bench.kernels", "--rehearse")
     made = [
-        Step("tests", (*python, "-m", "pytest", "-q", "-m", "gpu", *marked), 200),
+        Step("tests", (*python, "-m", "pytest", "-q", "-m", "gpu", *workers, *marked), 200),
         Step("kernels", (*python, "-m", "safelight.bench.kernels"), 150),
     ]
     if find_spec("diffusers"):
@@ -47,7 +52,9 @@ def steps() -> list[Step]:
     else:
         print(f"safelight: {sys.executable} has no diffusers; detection is not measured", file=sys.stderr)
     if checker := shutil.which("compute-sanitizer"):
-        made.append(Step("memory checker", (checker, "--error-exitcode", "9", *rehearsal), 100))
+        # each tensor in an allocation of its own, or an access past its end would be inside torch's block
+        alone = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+        made.append(Step("memory checker", (checker, "--error-exitcode", "9", *rehearsal), 100, alone))
     else:
         made.append(Step("rehearsal, since compute-sanitizer is not on the path", rehearsal, 100))
     return made
@@ -63,6 +70,22 @@ def complaint() -> str | None:
     return None
 
 
+def outcome(step: Step, limit_s: float, environment: Mapping[str, str]) -> str:
+    """Run a step to its end, or end all of it at the limit; returns `done`, or what went wrong."""
+    if "pytest" in step.command and find_spec("pytest") is None:
+        return f"{sys.executable} has no pytest"
+    variables = {**environment, **step.variables}
+    with subprocess.Popen(step.command, cwd=ROOT, env=variables, start_new_session=True) as process:
+        try:
+            code = process.wait(timeout=max(0.0, limit_s))
+        except BaseException as fault:
+            os.killpg(process.pid, signal.SIGKILL)
+            if isinstance(fault, subprocess.TimeoutExpired):
+                return "ran past its limit"
+            raise
+    return "done" if code == 0 else f"failed with {code}"
+
+
 def main() -> int:
     """Run the steps; 1 where one failed or ran past its limit, 2 where nothing can run."""
     if why := complaint():
@@ -73,22 +96,12 @@ def main() -> int:
     environment.pop("TRITON_INTERPRET", None)
     start, failed = time.monotonic(), []
     for step in steps():
-        if "pytest" in step.command and find_spec("pytest") is None:
-            print(f"\n== {step.name}: {sys.executable} has no pytest", flush=True)
-            failed.append(step.name)
-            continue
-        left = min(step.limit_s, LIMIT_S - (time.monotonic() - start))
-        print(f"\n== {step.name}, at most {left:.0f} s", flush=True)
         began = time.monotonic()
-        try:
-            code = subprocess.run(
-                step.command, cwd=ROOT, env=environment, check=False, timeout=left
-            ).returncode
-        except subprocess.TimeoutExpired:
-            code = -1
-        word = "done" if code == 0 else "ran past its limit" if code == -1 else f"failed with {code}"
+        left = min(step.limit_s, LIMIT_S - (began - start))
+        print(f"\n== {step.name}, at most {left:.0f} s", flush=True)
+        word = outcome(step, left, environment)
         print(f"== {step.name}: {word}, {time.monotonic() - began:.0f} s", flush=True)
-        if code:
+        if word != "done":
             failed.append(step.name)
     print(f"\nsafelight: {time.monotonic() - start:.0f} s; failed: {', '.join(failed) or 'nothing'}")
     return 1 if failed else 0
