@@ -8,6 +8,7 @@ import math
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,15 +26,17 @@ from safelight.engine.bundle import Bundle
 from safelight.engine.detect import Detector
 from safelight.engine.eager import load_detector, load_latent_detector
 from safelight.engine.graphs.backend import GraphBackend
+from safelight.engine.graphs.one_launch import OneLaunchModel
 from safelight.engine.graphs.placed import KEPT, PlacedFolder, Placement
 from safelight.engine.graphs.program import PLANS, Program
-from safelight.engine.graphs.runner import Processor, open_runner
+from safelight.engine.graphs.runner import Processor, _Memory, open_runner
+from safelight.engine.graphs.sampling import GraphSampler
 from safelight.engine.graphs.screening import LatentScreening, PictureScreening
 from safelight.engine.graphs.slab import ALIGNMENT, Slab, bucket, fill
 from safelight.engine.graphs.stage import detector_kept
 from safelight.engine.model_folder import ModelFolder
 from safelight.engine.neighbourhood import Request
-from safelight.errors import BackendUnavailable, ShapeError
+from safelight.errors import BackendUnavailable, SafelightError, ShapeError
 from safelight.kernels import ops
 from safelight.kernels.dispatch import use_backend
 from safelight.probe import ProbeConfig
@@ -336,6 +339,50 @@ def test_plans_beyond_the_limit_are_forgotten_oldest_first(bundle: Bundle, graph
     for requests in range(2, 7):
         model._plans.of(requests, 1)
     assert len(model._plans._kept) == PLANS and (1, 1) not in model._plans._kept
+
+
+def test_crops_runs_on_the_sampler_of_the_device(bundle: Bundle, graphs: GraphBackend, eager: Any) -> None:
+    probe = ProbeConfig(count=2, threshold=0.5)
+    with (
+        detector(bundle, graphs, probe, steps=2) as one,
+        detector(bundle, eager, probe, steps=2) as two,
+    ):
+        assert isinstance(one._model._sampler, GraphSampler)  # type: ignore[attr-defined]
+        assert_same(one.check_batch(PROMPTS[:2], seed=1), two.check_batch(PROMPTS[:2], seed=1))
+
+
+@pytest.mark.parametrize("probe", [None, ProbeConfig(count=3, threshold=0.5, target="latent")])
+def test_a_picture_is_looked_at_as_by_the_eager_stages(
+    bundle: Bundle, graphs: GraphBackend, eager: Any, probe: ProbeConfig | None
+) -> None:
+    picture = np.random.default_rng(2).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    found = []
+    for backend in (graphs, eager):
+        with detector(bundle, backend, ProbeConfig(count=2)) as one:
+            found.append(one.check_image(picture, probe=probe, seed=1))
+    assert_same(found[:1], found[1:])
+
+
+def test_a_look_holds_as_many_probes_as_the_pictures_size_allows(
+    bundle: Bundle, graphs: GraphBackend
+) -> None:
+    model: Any = graphs.one_step(ProbeConfig(), latent=False)
+    for edge, rows in ((8, 64), (32, 64), (64, 16), (96, 8)):
+        picture = replace(bundle.manifest.picture, latents=(4, edge, edge))
+        manifest = replace(bundle.manifest, picture=picture)
+        made = OneLaunchModel(model._screening, model._runner, manifest, ProbeConfig(), label="")
+        assert made.rows == rows
+
+
+def test_missing_memory_is_a_sentence_even_where_a_capture_hides_it() -> None:
+    sentence = r"cuda:3 has too little memory left for this plan \(no room\); ask for fewer"
+    with pytest.raises(SafelightError, match=sentence), _Memory(torch.device("cuda", 3)):
+        try:
+            raise torch.OutOfMemoryError("no room.\nand more")
+        finally:
+            raise RuntimeError("capture was broken off")
+    with pytest.raises(RuntimeError, match="another"), _Memory(torch.device("cuda", 3)):
+        raise RuntimeError("another")
 
 
 # what is not finite, and what goes wrong

@@ -143,6 +143,7 @@ class Gpu:
         )
         library = nullcontext() if self._library is None else use_runner(self._library.run)
         with _CAPTURE, self._on(), _memory(self.device), chosen, library:
+            torch.cuda.synchronize(self.device)  # constants of the body were made on another stream
             for _ in range(WARM_UPS):
                 body()
             self._stream.synchronize()
@@ -193,9 +194,12 @@ class _Memory(AbstractContextManager[None]):
         self._device = device
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        if isinstance(error, torch.OutOfMemoryError):
+        found = error
+        while found is not None and not isinstance(found, torch.OutOfMemoryError):
+            found = found.__context__  # a capture that was broken off ends in an error of its own
+        if found is not None:
             raise SafelightError(
-                f"{self._device} has too little memory left for this plan ({_first_line(error)}); ask for "
+                f"{self._device} has too little memory left for this plan ({_first_line(found)}); ask for "
                 "fewer requests or probes at once, close other detectors, or take float16"
             ) from error
 
