@@ -13,7 +13,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -22,10 +21,10 @@ import numpy as np
 import torch
 
 from safelight.bench.bare_bundle import bare_bundle
+from safelight.bench.gpu_models import SEED, TinyDecoder, model_folder
 from safelight.bench.gpu_peers import Peer, probes_of
 from safelight.bench.gpu_rows import Gpu, _cell
-from safelight.bench.gpu_stages import matrix_peak, stages, waterfall
-from safelight.bench.gpu_timing import copy_bytes_per_second, in_graph
+from safelight.bench.gpu_stages import staged, waterfall
 from safelight.bench.rows import Row, percentiles
 from safelight.engine.bundle import Bundle
 from safelight.engine.detect import Detector
@@ -41,7 +40,7 @@ from safelight.probe import ProbeConfig
 
 COMMAND = "python -P -m safelight.bench.gpu_detect"
 RESULTS = Path("bench/results")
-PROMPT, SEED = "a photograph of a lighthouse at dusk", 20_250_109
+PROMPT = "a photograph of a lighthouse at dusk"
 MARGIN = "largest |margin - margin of the eager definition, float32|"
 PIXEL = "largest |pixel - pixel of the eager definition, float32|, pixels in [0, 1]"
 DIFFUSERS = "largest |pixel - pixel of plain diffusers, float32|, pixels in [0, 1]"
@@ -90,45 +89,10 @@ class Contender:
     error: float
 
 
-class TinyDecoder(ModelFolder):
-    """A model folder with AutoencoderTiny, random weights, in place of its autoencoder."""
-
-    __slots__ = ()
-
-    def load(self, name: str) -> torch.nn.Module:
-        """See `ModelFolder`."""
-        if name != "vae":
-            return super().load(name)
-        from diffusers import AutoencoderTiny
-
-        torch.manual_seed(SEED)
-        network: Any = AutoencoderTiny()
-        made: torch.nn.Module = network.eval().requires_grad_(False)
-        return made
-
-
-def model_folder(architecture: str, work: Path) -> Path:
-    """The architecture with random weights, and a latent checker beside it."""
-    from safelight.engine.latent_checker import LatentChecker
-    from safelight.export.synth import synth
-
-    target = work / architecture
-    if target.is_dir():
-        return target
-    synth(architecture, target)
-    folder = ModelFolder.open(target)
-    config = folder.config("unet")
-    concepts, _ = folder.shape("safety_checker", "concept_embeds")
-    torch.manual_seed(SEED)
-    checker = LatentChecker(int(config["in_channels"]), int(config["sample_size"]), int(concepts))
-    checker.save_pretrained(target / "latent_checker")
-    return target
-
-
 def detection(plan: Plan, bundle: Bundle, model: Path, runner: Runner) -> Iterator[Row]:
     """Rows of one request: ours with each checker and decoder, and the peers."""
     config = ProbeConfig(count=plan.probes)
-    folder, tiny = ModelFolder.open(model), TinyDecoder(*_opened(model))
+    folder, tiny = ModelFolder.open(model), TinyDecoder.open(model)
     made: list[Contender] = []
     variants: list[tuple[str, ModelFolder, Any, bool, bool]] = [
         ("full decoder", folder, "image", False, False),
@@ -163,11 +127,6 @@ def detection(plan: Plan, bundle: Bundle, model: Path, runner: Runner) -> Iterat
 def detector_call(detector: Detector) -> Callable[[], Any]:
     """One check of the request."""
     return lambda: detector.check(PROMPT, seed=SEED)
-
-
-def _opened(model: Path) -> tuple[Path, dict[str, Any]]:
-    folder = ModelFolder.open(model)
-    return folder.path, folder.index
 
 
 def eager_answers(
@@ -254,40 +213,6 @@ def _rows(plan: Plan, stage: str, made: Sequence[Contender], shape: str) -> Iter
         )
 
 
-def staged(
-    plan: Plan, bundle: Bundle, model: Path, runner: Runner
-) -> dict[str, list[tuple[str, float, float]]]:
-    """Measured and least ms of every stage of each variant."""
-    on_gpu = runner.device.type == "cuda"
-    peak = matrix_peak(plan.dtype, runner.device, plan.peak)
-    copy = copy_bytes_per_second() if on_gpu else 1e10
-    found: dict[str, list[tuple[str, float, float]]] = {}
-    variants = (
-        ("full decoder", ModelFolder.open(model), False),
-        ("tiny decoder", TinyDecoder(*_opened(model)), False),
-        ("latent checker", ModelFolder.open(model), True),
-    )
-    for name, folder, latent in variants:
-        backend = GraphBackend(bundle, folder, Placement(plan.precision), runner)
-        guard = torch.backends.cudnn.flags(enabled=True, benchmark=True) if on_gpu else nullcontext()
-        with torch.inference_mode(), guard:
-            parts = stages(
-                backend._screening(latent=latent), probes=plan.probes, window=bundle.manifest.tokens.window
-            )
-            found[name] = [
-                (part.name, _stage_ms(part.call, on_gpu), part.floor_ms(peak, copy)) for part in parts
-            ]
-    return found
-
-
-def _stage_ms(call: Callable[[], Any], on_gpu: bool) -> float:
-    if on_gpu:
-        return float(percentiles(in_graph(call, calls=4, repeats=20))["p50_ms"]) / 1e3  # of microseconds
-    start = time.perf_counter()
-    call()
-    return (time.perf_counter() - start) * 1e3
-
-
 def write(path: Path, gpu: Gpu, rows: Sequence[Row]) -> None:
     """The rows as CSV, in place of an older run on the same GPU."""
     columns = [item.name for kind in (Gpu, Row) for item in fields(kind)]
@@ -328,7 +253,9 @@ def _measure(plan: Plan, work: Path, scratch: Path, given: argparse.Namespace) -
         if given.only != "stages":
             rows += detection(plan, bundle, model, runner)
         if given.only != "detect":
-            parts = staged(plan, bundle, model, runner)
+            parts = staged(
+                runner, bundle, model, precision=plan.precision, probes=plan.probes, peak=plan.peak
+            )
     if given.only in (None, "generate"):
         model = model_folder(plan.generate, work)
         rows += generation(plan, bare_bundle(model, scratch / "generate"), model, runner)

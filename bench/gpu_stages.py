@@ -5,7 +5,9 @@ run; what lies between the networks has the time of its bytes, which is nothing:
 limit. Draws the waterfall.
 """
 
+import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +15,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from safelight.bench.gpu_models import TinyDecoder
+from safelight.bench.gpu_timing import copy_bytes_per_second, in_graph
+from safelight.bench.rows import percentiles
+from safelight.engine.bundle import Bundle
+from safelight.engine.graphs.backend import GraphBackend
+from safelight.engine.graphs.placed import Placement, Precision
+from safelight.engine.graphs.runner import Runner
 from safelight.engine.graphs.screening import LatentScreening, PictureScreening, Screening
+from safelight.engine.model_folder import ModelFolder
 from safelight.kernels import ops
 from safelight.kernels.fused import Directions
 from safelight.kernels.philox import Stream
@@ -36,7 +46,7 @@ class Stage:
         return 1e3 * max(self.flops / flops_per_s, (self.weights + self.moved) / bytes_per_s)
 
 
-def stages(screening: Screening, *, probes: int, window: int) -> list[Stage]:
+def stages(screening: Screening, *, probes: int) -> list[Stage]:
     """The stages of one request, each on the answers of the one before, in the order of a detection."""
     part, device = screening._probing, screening.device
     unet: Any = part.unet
@@ -185,10 +195,39 @@ def _between(name: str, call: Call, *moved: Tensor) -> Stage:
     return Stage(name, call, 0, 0, sum(value.numel() * value.element_size() for value in moved))
 
 
+def staged(
+    runner: Runner, bundle: Bundle, model: Path, *, precision: Precision, probes: int, peak: int
+) -> dict[str, list[tuple[str, float, float]]]:
+    """By variant, (stage, measured ms, floor ms) of each stage. `peak` is the edge of the matrices whose
+    product is the matrix peak. Without a GPU the copy bandwidth is not measured, and the floors mean nothing.
+    """
+    on_gpu, placement = runner.device.type == "cuda", Placement(precision)
+    flops = matrix_peak(placement.dtype, runner.device, peak)
+    copy = copy_bytes_per_second() if on_gpu else 1e10
+    found: dict[str, list[tuple[str, float, float]]] = {}
+    for name, kind, latent in (
+        ("full decoder", ModelFolder, False),
+        ("tiny decoder", TinyDecoder, False),
+        ("latent checker", ModelFolder, True),
+    ):
+        backend = GraphBackend(bundle, kind.open(model), placement, runner)
+        chosen = torch.backends.cudnn.flags(enabled=True, benchmark=True) if on_gpu else nullcontext()
+        with torch.inference_mode(), chosen:
+            parts = stages(backend._screening(latent=latent), probes=probes)
+            found[name] = [(part.name, _ms(part.call, on_gpu), part.floor_ms(flops, copy)) for part in parts]
+    return found
+
+
+def _ms(call: Call, on_gpu: bool) -> float:
+    if on_gpu:
+        return float(percentiles(in_graph(call, calls=4, repeats=20))["p50_ms"]) / 1e3  # of microseconds
+    start = time.perf_counter()
+    call()
+    return (time.perf_counter() - start) * 1e3
+
+
 def matrix_peak(dtype: torch.dtype, device: torch.device, size: int) -> float:
     """FLOP per second of a square matrix product on random data, the best of a few."""
-    import time
-
     a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
     best = float("inf")
     for _ in range(10):

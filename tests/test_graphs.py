@@ -6,8 +6,6 @@ to the same verdict agree, buffers never move, and whatever goes wrong on the de
 
 import math
 import threading
-import time
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -28,15 +26,15 @@ from safelight.engine.eager import load_detector, load_latent_detector
 from safelight.engine.graphs.backend import GraphBackend
 from safelight.engine.graphs.one_launch import OneLaunchModel
 from safelight.engine.graphs.placed import KEPT, PlacedFolder, Placement
-from safelight.engine.graphs.program import PLANS, Program
-from safelight.engine.graphs.runner import Processor, _Memory, open_runner
+from safelight.engine.graphs.program import PLANS
+from safelight.engine.graphs.runner import Processor, _Memory
 from safelight.engine.graphs.sampling import GraphSampler
 from safelight.engine.graphs.screening import LatentScreening, PictureScreening
-from safelight.engine.graphs.slab import ALIGNMENT, Slab, bucket, fill
+from safelight.engine.graphs.slab import Slab, bucket
 from safelight.engine.graphs.stage import detector_kept
 from safelight.engine.model_folder import ModelFolder
 from safelight.engine.neighbourhood import Request
-from safelight.errors import BackendUnavailable, SafelightError, ShapeError
+from safelight.errors import SafelightError
 from safelight.kernels import ops
 from safelight.kernels.dispatch import use_backend
 from safelight.probe import ProbeConfig
@@ -106,131 +104,6 @@ def assert_same(found: list[Verdict], truth: list[Verdict], within: float = CLOS
         np.testing.assert_allclose(one.margins, two.margins, atol=within)
         if np.abs(np.max(two.margins, axis=-1)).min() > within:
             assert (one.blocked, one.reason, one.score) == (two.blocked, two.reason, two.score)
-
-
-# blocks of memory, and the lengths that are planned
-
-
-@given(st.integers(1, 5000))
-def test_a_bucket_holds_its_length_and_at_most_half_as_many_more(length: int) -> None:
-    size = bucket(length)
-    assert length <= size <= max(length, 3 * length // 2)
-    assert bucket(size) == size
-
-
-def test_the_buckets_are_few() -> None:
-    assert sorted({bucket(length) for length in range(1, 65)}) == [1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64]
-    for wrong in (0, -1):
-        with pytest.raises(ValueError, match="at least 1"):
-            bucket(wrong)
-
-
-def test_a_slab_is_one_block_whose_views_do_not_touch() -> None:
-    layout = {
-        "a": (torch.bool, (3, 5)),
-        "none": (torch.float32, (0, 4)),
-        "b": (torch.float32, (7,)),
-        "one": (torch.float32, ()),
-        "c": (torch.int64, (2, 3)),
-        "d": (torch.float16, (1, 3)),
-    }
-    slab = Slab(layout, CPU)
-    for name, (dtype, shape) in layout.items():
-        assert slab.tensors[name].dtype == dtype and slab.tensors[name].shape == shape
-        assert slab.tensors[name].storage_offset() * dtype.itemsize % ALIGNMENT == 0
-    for at, tensor in enumerate(slab.tensors.values()):
-        tensor.fill_(at % 2)
-    for at, (name, tensor) in enumerate(slab.tensors.items()):
-        assert (tensor == at % 2).all(), name
-        assert np.shares_memory(slab.arrays()[name], slab.whole.numpy()) or tensor.numel() == 0
-
-
-def test_what_is_shorter_is_followed_by_zeros() -> None:
-    target = np.full((3, 4), 9.0, np.float32)
-    fill(target, np.ones((2, 3), np.float32))
-    assert target.tolist() == [[1, 1, 1, 0], [1, 1, 1, 0], [0, 0, 0, 0]]
-    fill(target, np.full((4, 3), 2, np.float32).T)
-    assert (target == 2).all()
-    for wrong in (np.ones((4, 4), np.float32), np.ones((2, 5), np.float32), np.ones(4, np.float32)):
-        with pytest.raises(ValueError, match=r"does not fit a buffer of \(3, 4\)"):
-            fill(target, wrong)
-    with pytest.raises(TypeError):
-        fill(target, np.ones((3, 4), np.float64))
-
-
-# a program
-
-
-def doubling(runner: Processor) -> Program:
-    """`y = x + x`, then as many times `y += 1`."""
-    program = Program(
-        runner,
-        inputs={"x": (torch.float32, (4,)), "more": (torch.int64, (3,))},
-        outputs={"y": (torch.float32, (4,)), "seen": (torch.int64, (3,))},
-        kept={"held": (torch.float32, (4,))},
-    )
-    x, y, more, seen = program.given["x"], program.made["y"], program.given["more"], program.made["seen"]
-
-    def first() -> None:
-        torch.add(x, x, out=y)
-        seen.copy_(more)
-
-    return program.record(first, lambda: y.add_(1))
-
-
-def test_a_run_is_one_copy_in_one_copy_out_and_one_wait() -> None:
-    runner = Noted()
-    program = doubling(runner)
-    result = program.result()
-    runner.copies.clear()
-    places = {name: tensor.data_ptr() for name, tensor in {**program.given, **program.made}.items()}
-    for turn in range(3):
-        values = {"x": np.arange(4, dtype=np.float32), "more": np.array([turn], np.int64)}
-        program.run(values, result, repeats=(1, turn))
-        assert result.arrays()["y"].tolist() == [0 + turn, 2 + turn, 4 + turn, 6 + turn]
-        assert result.arrays()["seen"].tolist() == [turn, 0, 0]
-        found = {name: tensor.data_ptr() for name, tensor in {**program.given, **program.made}.items()}
-        assert found == places
-    assert [kind for kind, _ in runner.copies] == ["in", "out"] * 3 and runner.finished == 3
-    assert len({place for _, place in runner.copies}) == 2
-
-
-def test_results_are_the_callers_own() -> None:
-    program = doubling(Processor())
-    one, two = program.result(), program.result()
-    for value, into in ((1.0, one), (5.0, two)):
-        program.run({"x": np.full(4, value, np.float32), "more": np.zeros(3, np.int64)}, into)
-    assert one.arrays()["y"].tolist() == [3] * 4 and two.arrays()["y"].tolist() == [11] * 4
-
-
-def test_a_program_keeps_to_its_time() -> None:
-    program = doubling(Processor())
-    values = {"x": np.ones(4, np.float32), "more": np.zeros(3, np.int64)}
-    result = program.result()
-    with pytest.raises(TimeoutError, match="time limit"):
-        program.run(values, result, deadline=time.monotonic() - 1)
-    assert result.arrays()["y"].tolist() == [0] * 4
-    program.run(values, result, deadline=math.inf)
-    assert result.arrays()["y"].tolist() == [3] * 4
-
-
-def test_threads_take_turns_on_one_program() -> None:
-    program, wrong = doubling(Processor()), []
-
-    def work(number: int) -> None:
-        result = program.result()
-        for turn in range(200):
-            value = np.full(4, number * 1000 + turn, np.float32)
-            program.run({"x": value, "more": np.zeros(3, np.int64)}, result)
-            if not np.array_equal(result.arrays()["y"], 2 * value + 1):
-                wrong.append((number, turn))
-
-    workers = [threading.Thread(target=work, args=(number,)) for number in range(4)]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join()
-    assert wrong == []
 
 
 # detection
@@ -578,104 +451,3 @@ def test_bodies_leave_the_host_alone(
                 bool(made["finite"].all())
             with pytest.raises(AssertionError, match="from the host"):
                 torch.ones(3).to("meta")
-
-
-# stages
-
-
-@pytest.fixture(params=["text_encoder", "unet", "vae_decoder", "vae_encoder", "safety_checker"])
-def graph(request: pytest.FixtureRequest) -> Iterator[str]:
-    yield request.param
-
-
-def inputs(stage: Any, **axes: int) -> dict[str, np.ndarray]:
-    generator = np.random.default_rng(sum(axes.values()))
-    made = {}
-    for tensor in stage.spec.inputs:
-        shape = tuple(axes.get(axis, axis) for axis in tensor.axes)
-        drawn = generator.standard_normal(shape) if tensor.dtype == "float32" else np.full(shape, 1)
-        made[tensor.name] = np.asarray(drawn, tensor.dtype)
-    return made
-
-
-@pytest.mark.parametrize("batch", [1, 3, 5])
-def test_a_stage_is_the_eager_stage(graphs: GraphBackend, eager: Any, graph: str, batch: int) -> None:
-    one, two = (backend.stage(graph) for backend in (graphs, eager))
-    assert one.spec == two.spec and one.lanes == 1 and "graph" in one.device
-    for stage in (one, two):
-        stage.plan(batch=batch)
-    given_inputs = inputs(one, batch=batch)
-    found, truth = one.run(given_inputs), two.run(given_inputs)
-    assert list(found) == list(truth)
-    for name, value in found.items():
-        assert value.shape == truth[name].shape and value.dtype == truth[name].dtype
-        np.testing.assert_allclose(value, truth[name], atol=1e-4 * max(1, np.abs(truth[name]).max()))
-    one.close()
-    with pytest.raises(ShapeError, match="not planned"):
-        one.run(given_inputs)
-
-
-@pytest.mark.parametrize("graph_name", ["detector", "detector_latent"])
-@pytest.mark.parametrize("lengths", [(1, 1), (2, 5)], ids=lambda pair: f"R{pair[0]}-P{pair[1]}")
-def test_a_detector_stage_votes_as_the_eager_one(
-    graphs: GraphBackend, eager: Any, graph_name: str, lengths: tuple[int, int]
-) -> None:
-    stages = [backend.stage(graph_name) for backend in (graphs, eager)]
-    axes = dict(zip(("requests", "probes"), lengths, strict=True))
-    found = []
-    for stage in stages:
-        stage.plan(**axes)
-        values = inputs(stage, **axes)
-        values["prompt_u"].flat[0] = math.inf  # the first probe is not finite
-        found.append(stage.run(values))
-    for name, value in found[0].items():
-        assert value.shape == found[1][name].shape and value.dtype == found[1][name].dtype
-        np.testing.assert_allclose(value, found[1][name], atol=CLOSE, err_msg=name)
-    assert (
-        not found[0]["finite"].flat[0]
-        and found[0]["blocked"][0]
-        and found[0]["finite"].sum() > 0
-        or (lengths == (1, 1))
-    )
-
-
-def test_lengths_of_one_bucket_do_not_share_results(graphs: GraphBackend) -> None:
-    stage = graphs.stage("text_encoder")
-    for batch in (5, 6):
-        stage.plan(batch=batch)
-    five = stage.run(inputs(stage, batch=5))["last_hidden_state"]
-    kept = five.copy()
-    six = inputs(stage, batch=6)
-    six["input_ids"][:] = 3
-    stage.run(six)
-    assert np.array_equal(five, kept)
-
-
-# devices
-
-
-@pytest.mark.parametrize("device", ["gpu", "cuda:", "cuda:x", "cuda:-1", "mps", "", "cpu:0"])
-def test_an_unknown_device_is_the_callers_mistake(device: str) -> None:
-    with pytest.raises(ValueError, match="device must be 'cpu', 'cuda' or 'cuda:N'; got"):
-        open_runner(device)
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="a CUDA device is here")
-@pytest.mark.parametrize("device", ["cuda", "cuda:1"])
-def test_a_device_that_is_not_there_is_refused(bundle: Bundle, guarded_model: Path, device: str) -> None:
-    sentence = f"torch: device '{device}' was asked for, and torch .* sees no CUDA device; name one"
-    with pytest.raises(BackendUnavailable, match=sentence):
-        Detector.open(bundle, backend="torch", model=guarded_model, device=device)
-
-
-def test_options_of_a_gpu_go_with_no_other_backend(bundle: Bundle, guarded_model: Path) -> None:
-    for options in ({"device": "cpu"}, {"precision": "float16"}, {"compiled": True}):
-        with pytest.raises(ValueError, match="goes with backend torch; got backend 'onnxruntime'"):
-            open_backend("onnxruntime", bundle, **options)
-    for options in ({"precision": "float16"}, {"compiled": True}):
-        with pytest.raises(ValueError, match="is the definition on the processor"):
-            open_backend("torch", bundle, model=guarded_model, **options)
-    with pytest.raises(ValueError, match="precision must be one of"):
-        open_backend("torch", bundle, model=guarded_model, device="cuda", precision="int8")
-    stage = open_backend("torch", bundle, model=guarded_model, device="cpu").stage("safety_checker")
-    assert stage.device == "torch cpu"

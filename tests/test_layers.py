@@ -42,6 +42,7 @@ REASONS: dict[str, str] = {
             "tests/test_detect.py",
             "tests/test_export.py",
             "tests/test_generate.py",
+            "tests/test_graphs.py",
             "tests/test_guidance.py",
             "tests/test_manifest.py",
             "tests/test_safe_cfg.py",
