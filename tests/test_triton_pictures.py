@@ -137,7 +137,7 @@ def test_levels_at_the_ends_and_at_ties_are_the_definition_s(triton_body: Body) 
 
 @pytest.mark.parametrize(
     ("height", "width", "y", "x", "seen"),
-    [(6, 6, 0, 5, True), (4, 15, 2, 0, False), (15, 4, 0, 1, False), (15, 4, 14, 1, False)],
+    [(6, 6, 0, 5, True), (4, 15, 2, 0, False), (15, 4, 0, 1, False), (30, 8, 29, 1, False)],
 )
 def test_a_pixel_that_is_not_finite_clears_its_picture_cropped_or_not(
     triton_body: Body, height: int, width: int, y: int, x: int, seen: bool
