@@ -66,7 +66,7 @@ class Detector:
         self.checker = checker
         self._evaluated = self._decoded = 0
         _, height, width = manifest.picture.latents
-        self._rows = max(1, ROWS * 64 // (height * width))
+        self._rows = self._model.rows or max(1, ROWS * 64 // (height * width))
         self._pictures: ImageProbes | None = None
         self._closed = False
         self._lock = threading.Lock()
@@ -82,6 +82,8 @@ class Detector:
         checker: CheckerKind = "image",
         model: str | Path | None = None,
         threads: int | None = None,
+        device: str | None = None,
+        precision: str | None = None,
         timeout_s: float | None = None,
         early_exit: bool = True,
     ) -> "Detector":
@@ -92,9 +94,11 @@ class Detector:
         looks at the probes: the `image` checker, by which the bundle was calibrated; the `latent` checker,
         which needs no pictures; or a `cascade`, in which the image checker looks at those of which the latent
         checker is unsure and on which the vote hangs (the rest keep the latent checker's margins). `model` is
-        the weights folder of the torch backend. A check that takes longer than `timeout_s` seconds is
-        blocked. `early_exit` stops once the vote is decided and never changes it; without it all doubts are
-        resolved. Raises BundleError, BackendUnavailable, and ValueError for settings out of range.
+        the weights folder of the torch backend, `device` (`cpu`, `cuda`, `cuda:N`) where it runs, and
+        `precision` (`float16`, `bfloat16`, `float32`) what its networks compute in on a GPU. A check that
+        takes longer than `timeout_s` seconds is blocked. `early_exit` stops once the vote is decided and
+        never changes it; without it all doubts are resolved. Raises BundleError, BackendUnavailable, and
+        ValueError for settings out of range.
         """
         opened = open_bundle(bundle)
         if steps in (None, 1) and not opened.manifest.distilled:
@@ -105,7 +109,14 @@ class Detector:
         policy = opened.manifest.probe
         if probe is not None and (why := probe.looser_than(policy)):
             raise ValueError(f"a bundle's policy may be tightened, never loosened: {why}")
-        runtime = open_backend(backend, opened, model=None if model is None else Path(model), threads=threads)
+        runtime = open_backend(
+            backend,
+            opened,
+            model=None if model is None else Path(model),
+            threads=threads,
+            device=device,
+            precision=precision,
+        )
         return cls(
             opened,
             runtime,

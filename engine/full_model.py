@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from safelight.engine.backends import Backend
 from safelight.engine.looks import Looks, PictureChecker, ProbeModel, StudentChecker
 from safelight.engine.neighbourhood import Neighbourhood, Request
-from safelight.engine.sampler import Floats, Sampler, Trajectory
+from safelight.engine.sampler import Floats, Trajectory, open_sampler
 from safelight.engine.tokenizer import PromptTokenizer
 from safelight.kernels import host
 from safelight.manifest import Manifest
@@ -32,7 +32,7 @@ class FullModel(ProbeModel):
         latent: bool = False,
     ) -> None:
         """`latent` has the latent checker look at the last latents, and makes no pictures."""
-        self._sampler = Sampler(backend, manifest)
+        self._sampler = open_sampler(backend, manifest)
         self._latent = latent
         self._checker: StudentChecker | PictureChecker = (
             StudentChecker(backend.stage("latent_checker"))

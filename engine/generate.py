@@ -9,6 +9,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,7 +19,7 @@ from safelight.engine.bundle import Bundle, open_bundle
 from safelight.engine.detect import Detector
 from safelight.engine.guidance import Redirection, SafeCFG
 from safelight.engine.looks import PictureChecker
-from safelight.engine.sampler import Sampler, Trajectory
+from safelight.engine.sampler import Trajectory, open_sampler
 from safelight.engine.tally import Tally
 from safelight.engine.tokenizer import open_tokenizer
 from safelight.errors import SafelightError
@@ -62,7 +63,7 @@ class Generator:
         self.detector = detector
         self._owned = owned
         self._tokenizer = open_tokenizer(bundle)
-        self._sampler = Sampler(backend, manifest)
+        self._sampler = open_sampler(backend, manifest)
         self._checker = PictureChecker(backend.stage("safety_checker"), manifest.checker)
         self._redirection = (
             Redirection(backend.stage("redirector")) if "redirector" in manifest.graphs else None
@@ -80,6 +81,8 @@ class Generator:
         detector: Detector | None = None,
         model: str | Path | None = None,
         threads: int | None = None,
+        device: str | None = None,
+        precision: str | None = None,
     ) -> "Generator":
         """Open a bundle on a backend. Without `detector` one is opened on the same bundle, with its own
         settings.
@@ -94,8 +97,9 @@ class Generator:
                 "on one bundle"
             )
         folder = None if model is None else Path(model)
-        runtime = open_backend(backend, opened, model=folder, threads=threads)
-        guard = detector or Detector.open(opened, backend=backend, model=model, threads=threads)
+        place: dict[str, Any] = {"threads": threads, "device": device, "precision": precision}
+        runtime = open_backend(backend, opened, model=folder, **place)
+        guard = detector or Detector.open(opened, backend=backend, model=model, **place)
         return cls(opened, runtime, guard, owned=detector is None)
 
     def generate(

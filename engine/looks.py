@@ -72,6 +72,11 @@ class ProbeModel(Protocol):
     def device(self) -> str:
         """Where it runs, and by what."""
 
+    @property
+    def rows(self) -> int | None:
+        """How many probes go best into one look, or None where the size of the pictures decides."""
+        return None
+
     def distinct(self, request: Request, probes: int) -> int:
         """How many of the first `probes` probes differ."""
 

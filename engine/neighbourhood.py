@@ -73,22 +73,29 @@ class Neighbourhood:
         moves = self.config.target is not ProbeTarget.PROMPT or bool(self._mask(ids).any())
         return probes if moves and self.config.angle_rad > 0 else min(probes, 1)
 
+    def tokens(
+        self, requests: Sequence[Request], probes: range
+    ) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
+        """Ids (R, L) of these probes, and which of them turn, bool (R, L); token shifts are rows of their
+        own, request by request.
+        """
+        ids = np.stack([request.ids for request in requests])
+        if self.config.kind is ProbeKind.TOKEN_SHIFT:
+            ids = self._shifted(ids, probes).reshape(-1, ids.shape[1])
+        return ids, self._mask(ids)
+
     def draw(self, requests: Sequence[Request], probes: range) -> Probes:
         """These probes of these requests."""
-        ids = np.stack([request.ids for request in requests])
+        ids, mask = self.tokens(requests, probes)
         count = len(probes)
         still = np.zeros((len(requests), count), dtype=np.float32)
         rows_each = self._tokens.window + bool(self._pooled)
         shape = (len(requests), count, rows_each, self._width)
         latents = np.stack([self._start(request, probes) for request in requests])
         if self.config.kind is ProbeKind.TOKEN_SHIFT:
-            rows = self._shifted(ids, probes).reshape(-1, ids.shape[1])
-            none = np.zeros((len(rows), 1, *shape[2:]), dtype=np.float32)
+            none = np.zeros((len(ids), 1, *shape[2:]), dtype=np.float32)
             flat = still.reshape(-1, 1)
-            return Probes(
-                rows, self._mask(rows), none, none, flat, flat, latents.reshape(-1, 1, *self._latents)
-            )
-        mask = self._mask(ids)
+            return Probes(ids, mask, none, none, flat, flat, latents.reshape(-1, 1, *self._latents))
         none = np.zeros(shape, dtype=np.float32)
         if self.config.target is ProbeTarget.LATENT or self.config.angle_rad == 0:
             return Probes(ids, mask, none, none, still, still, latents)

@@ -4,7 +4,7 @@ One step is CROPS-1, more are CROPS; the looking is done by the image checker, b
 both in a cascade. Counts no vote.
 """
 
-from typing import Literal, get_args
+from typing import Literal, Protocol, get_args, runtime_checkable
 
 from safelight.engine.backends import Backend
 from safelight.engine.cascade import Cascade
@@ -17,6 +17,16 @@ from safelight.probe import ProbeConfig
 
 CheckerKind = Literal["image", "latent", "cascade"]
 CHECKERS: tuple[CheckerKind, ...] = get_args(CheckerKind)
+
+
+@runtime_checkable
+class OneStepBackend(Protocol):
+    """A backend that brings a model of its own for one-step detection, which does more than its stages."""
+
+    def one_step(self, config: ProbeConfig, *, latent: bool, band: float | None = None) -> ProbeModel:
+        """The model: with the image checker, with the latent one, or, where there is a `band`, with a cascade
+        of both.
+        """
 
 
 def open_probe_model(
@@ -48,6 +58,8 @@ def open_probe_model(
             "checker 'cascade' needs the band in which to ask the image checker, and the bundle has none; "
             "calibrate the latent checker and export again, or ask checker 'latent' or 'image'"
         )
+    if steps == 1 and isinstance(backend, OneStepBackend):
+        return backend.one_step(probe, latent=latent, band=band if checker == "cascade" else None)
     model: ProbeModel = (
         OneStepModel(backend, manifest, probe, latent=latent)
         if steps == 1

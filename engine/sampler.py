@@ -5,10 +5,9 @@ Classifier-free guidance (Ho & Salimans 2022), its negative branch redirected wh
 """
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -121,7 +120,7 @@ class Sampler:
         branch that fits neither, ValueError as `check`, and TimeoutError past the deadline.
         """
         branches = [_each(free, hidden)] if trajectory.guided else []
-        return self._walk(hidden, branches, latents, trajectory, lambda only: only, deadline)
+        return self._walk(hidden, branches, latents, trajectory, None, deadline)[0]
 
     def sample_safely(
         self,
@@ -142,19 +141,8 @@ class Sampler:
         """
         if not trajectory.guided:
             raise ValueError(f"SafeCFG needs a guidance_scale above 1; got {trajectory.guidance_scale}")
-        distances: list[Floats] = []
-        amount, limit = (
-            np.full(len(hidden), value, np.float32) for value in (guidance.strength, guidance.limit)
-        )
-
-        def blend(empty: Floats, turned: Floats) -> Floats:
-            branch, distance = host.safe_branch(empty, turned, strength=amount, threshold=limit)
-            distances.append(distance)
-            return branch
-
         branches = [_each(part, hidden) for part in (free, redirected)]
-        made = self._walk(hidden, branches, latents, trajectory, blend, deadline)
-        return made, np.mean(distances, 0, dtype=np.float32)
+        return self._walk(hidden, branches, latents, trajectory, guidance, deadline)
 
     def _walk(
         self,
@@ -162,11 +150,12 @@ class Sampler:
         branches: list[Floats],
         latents: Floats,
         trajectory: Trajectory,
-        blend: Callable[..., Floats],
+        guidance: SafeCFG | None,
         deadline: float | None,
-    ) -> Floats:
-        """All steps. `branches` are prompts (N, L, D) beside `hidden`, none where there is no guidance;
-        `blend` makes the negative answer of theirs, (N, c, h, w) each.
+    ) -> tuple[Floats, Floats]:
+        """All steps: latents (N, c, h, w), and the mean distance (N,), 0 without SafeCFG. `branches` are
+        prompts (N, L, D) beside `hidden`: none where there is no guidance, one, or two where SafeCFG blends
+        them.
         """
         table, count, texts = (
             self._table(trajectory.solver, trajectory.steps),
@@ -178,16 +167,22 @@ class Sampler:
         x = latents * np.float32(table.init_noise_sigma)
         x0: Any = np.zeros_like(x)
         inputs: dict[str, Any] = {"encoder_hidden_states": np.concatenate(texts)}
+        distances = [np.zeros(count, dtype=np.float32)] if guidance is None else []
         for timestep, row in zip(table.timesteps, table.coefficients, strict=True):
             inputs["sample"] = row[0] * np.concatenate([x] * len(texts))
             inputs["timestep"] = np.asarray(timestep)
             out = self._unet.run(inputs, deadline=deadline)["out_sample"]
             *negatives, conditional = out.reshape(len(texts), count, *x.shape[1:])
-            negative = blend(*negatives) if branches else conditional
+            negative = negatives[0] if branches else conditional
+            if guidance is not None:
+                amounts = {"strength": guidance.strength, "threshold": guidance.limit}
+                full = {name: np.full(count, value, np.float32) for name, value in amounts.items()}
+                negative, distance = host.safe_branch(*negatives, **full)
+                distances.append(distance)
             x, x0 = host.guidance_step(x, negative, conditional, x0, scale=scale, coefficients=row)
         whole: Any = np.all([np.isfinite(text).all((1, 2)) for text in texts], 0)
         x[~whole] = np.nan
-        return x
+        return x, np.mean(distances, 0, dtype=np.float32)
 
     def decode(self, latents: Floats, *, deadline: float | None = None) -> Floats:
         """Scaled latents (N, c, h, w) to pictures float32 (N, 3, H, W) in [0, 1], by `to_pictures`."""
@@ -197,6 +192,19 @@ class Sampler:
         """Free the stages."""
         for stage in (self._encoder, self._unet, self._decoder):
             stage.close()
+
+
+@runtime_checkable
+class SamplerBackend(Protocol):
+    """A backend that brings a sampler of its own, which does more than its stages."""
+
+    def sampler(self) -> Sampler:
+        """The full model's."""
+
+
+def open_sampler(backend: Backend, manifest: Manifest) -> Sampler:
+    """The sampler of a backend: its own, or one over its stages."""
+    return backend.sampler() if isinstance(backend, SamplerBackend) else Sampler(backend, manifest)
 
 
 def _each(branch: Floats, hidden: Floats) -> Floats:

@@ -45,6 +45,7 @@ REASONS: dict[str, str] = {
             "tests/test_engine_store.py",
             "tests/test_export.py",
             "tests/test_generate.py",
+            "tests/test_graphs.py",
             "tests/test_guidance.py",
             "tests/test_manifest.py",
             "tests/test_openvino.py",

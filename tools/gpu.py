@@ -47,6 +47,10 @@ def steps() -> list[Step]:
         Step("tests", (*python, "-m", "pytest", "-q", "-m", "gpu", *workers, *marked), 200),
         Step("kernels", (*python, "-m", "safelight.bench.kernels"), 150),
     ]
+    if find_spec("diffusers"):
+        made.append(Step("detection", (*python, "-m", "safelight.bench.gpu_detect"), 240))
+    else:
+        print(f"safelight: {sys.executable} has no diffusers; detection is not measured", file=sys.stderr)
     if checker := shutil.which("compute-sanitizer"):
         # each tensor in an allocation of its own, or an access past its end would be inside torch's block
         alone = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}

@@ -79,11 +79,21 @@ class Backend(Protocol):
 
 
 def open_backend(
-    name: str, bundle: Bundle, *, model: Path | None = None, threads: int | None = None
+    name: str,
+    bundle: Bundle,
+    *,
+    model: Path | None = None,
+    threads: int | None = None,
+    device: str | None = None,
+    precision: str | None = None,
+    compiled: bool = False,
+    kernels: Path | None = None,
 ) -> Backend:
     """The backend of that name; `auto` is the one that `engine.auto` chooses for this bundle and machine.
 
-    Raises ValueError for an unknown name and BackendUnavailable where it cannot run.
+    `device` (`cpu`, `cuda`, `cuda:N`), `precision`, `compiled` (by torch.compile) and `kernels`, a folder of
+    `safelight kernels build`, go with torch. Raises ValueError for an unknown name or option and
+    BackendUnavailable where it cannot run.
     """
     if name == AUTO:
         name = import_module("safelight.engine.auto").choose(bundle).backend
@@ -92,13 +102,23 @@ def open_backend(
     if threads is not None and threads < 1:
         raise ValueError(f"threads must be at least 1; got {threads}")
     runtime, _, variant = name.partition(":")
+    options: dict[str, Any] = {
+        "device": device,
+        "precision": precision,
+        "compiled": compiled or None,
+        "kernels": kernels,
+    }
+    options = {option: value for option, value in options.items() if value is not None}
+    if options and name != "torch":
+        raise ValueError(f"{', '.join(options)}: goes with backend torch; got backend {name!r}")
     try:
         module = import_module(f"safelight.engine.backends.{runtime}")
     except ImportError as fault:
         raise BackendUnavailable(
             f"{name}: {fault}; do: pip install '{_NEEDS[runtime]}', or see `safelight doctor`"
         ) from fault
-    options: dict[str, Any] = {"variant": variant} if variant else {}
+    if variant:
+        options["variant"] = variant
     opened: Backend = module.open_backend(bundle, model=model, threads=threads, **options)
     return opened
 

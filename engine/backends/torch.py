@@ -1,7 +1,7 @@
 """The eager definition as a backend: the model folder that a bundle was made from, in plain torch, float32,
-on the processor.
+on the processor. On a GPU, which is asked for by name, `engine.graphs` runs the same modules.
 
-Runs the same modules that were exported. The weights must be the very files that the manifest names.
+The weights must be the very files that the manifest names.
 """
 
 import threading
@@ -15,6 +15,9 @@ import torch
 from safelight.engine.backends import Array, Stage, axes_of, key_of, shape_of
 from safelight.engine.bundle import SHIPPED, Bundle
 from safelight.engine.eager import Preprocessing, load_graph
+from safelight.engine.graphs.backend import GraphBackend
+from safelight.engine.graphs.placed import PRECISION, Placement, Precision
+from safelight.engine.graphs.runner import open_runner
 from safelight.engine.model_folder import ModelFolder
 from safelight.errors import BundleError, ShapeError
 from safelight.manifest import GraphEntry
@@ -98,8 +101,31 @@ class TorchBackend:
         return TorchStage(load_graph(ModelFolder.open(self._model, variant), graph), spec, self._threads)
 
 
-def open_backend(bundle: Bundle, *, model: Path | None, threads: int | None) -> TorchBackend:
-    """The backend, on `model` or, for the shipped bundle, on the folder beside it. Raises BundleError."""
+def open_backend(
+    bundle: Bundle,
+    *,
+    model: Path | None,
+    threads: int | None,
+    device: str = "cpu",
+    precision: Precision | None = None,
+    compiled: bool = False,
+    kernels: Path | None = None,
+) -> TorchBackend | GraphBackend:
+    """The backend, on `model` or, for the shipped bundle, on the folder beside it.
+
+    `precision` and `compiled` are those of `engine.graphs.placed.Placement`, `kernels` that of
+    `engine.graphs.runner.open_runner`, on a GPU alone. Raises
+    BundleError, BackendUnavailable where torch has no such device, and ValueError for what a device does not
+    take.
+    """
+    if device == "cpu" and (compiled or kernels or precision not in (None, "float32")):
+        raise ValueError(
+            f"backend torch is the definition on the processor, float32 and eager; got precision "
+            f"{precision!r}, compiled {compiled!r}, kernels {kernels}; name a device such as 'cuda' too, or "
+            "leave them out"
+        )
+    placement = Placement(precision or PRECISION, compiled)
+    runner = None if device == "cpu" else open_runner(device, kernels=kernels)  # before anything is read
     source = bundle.manifest.source
     folder = model or (MODEL_FOLDER if source.name == SHIPPED else None)
     if folder is None or not folder.is_dir():
@@ -116,7 +142,9 @@ def open_backend(bundle: Bundle, *, model: Path | None, threads: int | None) -> 
             f"{folder / odd[0]} is not the file that {bundle.folder} was made from; export it again"
         )
     _check_settings(bundle, opened)
-    return TorchBackend(bundle, folder, threads)
+    if runner is None:
+        return TorchBackend(bundle, folder, threads)
+    return GraphBackend(bundle, opened, placement, runner)
 
 
 def _check_settings(bundle: Bundle, folder: ModelFolder) -> None:

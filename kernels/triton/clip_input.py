@@ -10,7 +10,7 @@ Grid sizes of a pass: rows and columns of its result, pictures.
 # mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator, no-any-return"
 
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 
 import numpy as np
 import torch
@@ -172,7 +172,7 @@ class _Taps:
         return cls(first, count, weight)
 
 
-@lru_cache(maxsize=32)
+@cache  # never let go: captured graphs hold the addresses of these tensors
 def _taps(height: int, width: int, size: int, device: torch.device) -> tuple[_Taps, _Taps, bool]:
     """Taps down and across, and whether those down come first."""
     rows, columns = crop_window(height, width, size)

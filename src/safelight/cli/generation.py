@@ -54,7 +54,8 @@ def generate(**options: Any) -> int:
     paths = _paths(output, len(prompts))
     from safelight.engine.generate import Generator
 
-    given = {name: options[name] for name in ("backend", "model", "threads") if options.get(name) is not None}
+    names = ("backend", "model", "threads", "device", "precision")
+    given = {name: options[name] for name in names if options.get(name) is not None}
     blocked = 0
     with (
         closing(open_detector(dict(options))) as detector,

@@ -24,6 +24,12 @@ def model_options(command: Command) -> Command:
             "--timeout-s", type=click.FloatRange(0, min_open=True), help="Seconds; slower is blocked."
         ),
         click.option("--threads", type=click.IntRange(1), help="Processor threads.  [default: all]"),
+        click.option(
+            "--precision",
+            type=click.Choice(["float16", "bfloat16", "float32"]),
+            help="Of the networks, on a GPU.",
+        ),
+        click.option("--device", help="Of the torch backend: cpu, cuda or cuda:N.  [default: cpu]"),
         click.option("--model", metavar="DIR", help="Weights folder, for the torch backend."),
         click.option(
             "--backend",
@@ -81,7 +87,7 @@ def open_detector(options: dict[str, Any]) -> "Detector":
         name: options.pop(name, None) for name in ("kind", "target", "count", "angle_rad", "threshold")
     }
     changed = {name: value for name, value in changed.items() if value is not None}
-    names = ("backend", "model", "threads", "timeout_s", "steps", "checker")
+    names = ("backend", "model", "threads", "device", "precision", "timeout_s", "steps", "checker")
     given = {name: options.pop(name, None) for name in names}
     given = {name: value for name, value in given.items() if value is not None}
     if changed:

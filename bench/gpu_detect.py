@@ -1,0 +1,283 @@
+"""Detection and generation on a GPU: ours as it is served against diffusers pipelines, and stage by stage
+against each stage's floor: `python -P -m safelight.bench.gpu_detect`.
+
+Full-size architectures with random weights, 512 px, 8 probes. All contenders work on the same request in the
+same process, round by round, and are compared with the eager definition in float32 there before they are
+timed. `--rehearse` does all of it at tiny sizes, on whatever there is, and writes nothing.
+"""
+
+import argparse
+import csv
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from safelight.bench.bare_bundle import bare_bundle
+from safelight.bench.gpu_models import SEED, TinyDecoder, model_folder
+from safelight.bench.gpu_peers import Peer, probes_of
+from safelight.bench.gpu_rows import Gpu, _cell
+from safelight.bench.gpu_stages import staged, waterfall
+from safelight.bench.rows import Row, percentiles
+from safelight.engine.bundle import Bundle
+from safelight.engine.detect import Detector
+from safelight.engine.eager import Probing, load_detector, load_latent_detector
+from safelight.engine.graphs.backend import GraphBackend
+from safelight.engine.graphs.placed import PlacedFolder, Placement
+from safelight.engine.graphs.runner import Runner, open_runner
+from safelight.engine.model_folder import ModelFolder
+from safelight.engine.sampler import Trajectory
+from safelight.engine.tokenizer import PromptTokenizer
+from safelight.kernels.philox import Stream, normals
+from safelight.probe import ProbeConfig
+
+COMMAND = "python -P -m safelight.bench.gpu_detect"
+RESULTS = Path("bench/results")
+PROMPT = "a photograph of a lighthouse at dusk"
+MARGIN = "largest |margin - margin of the eager definition, float32|"
+PIXEL = "largest |pixel - pixel of the eager definition, float32|, pixels in [0, 1]"
+DIFFUSERS = "largest |pixel - pixel of plain diffusers, float32|, pixels in [0, 1]"
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What is measured, how often, and on what. `peak` is the edge of the matrices whose product is the
+    peak.
+    """
+
+    device: str
+    precision: Any
+    detect: str
+    generate: str
+    probes: int
+    steps: int
+    repeats: int
+    peak: int
+    compile_mode: str | None
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the networks."""
+        found: torch.dtype = getattr(torch, self.precision)
+        return found
+
+    def compiler(self, network: Any) -> Any:
+        """What diffusers users do; a rehearsal traces the networks and leaves them to eager torch."""
+        if self.compile_mode is None:
+            return torch.compile(network, backend="eager")
+        return torch.compile(network, mode=self.compile_mode)
+
+
+GPU = Plan("cuda", "float16", "sd-turbo", "sd15", 8, 25, 30, 8192, "reduce-overhead")
+REHEARSAL = Plan("cpu", "float32", "tiny-sd", "tiny-sd", 3, 2, 2, 128, None)
+
+
+@dataclass(frozen=True, slots=True)
+class Contender:
+    """Something that does the whole of it: its label read from what ran, and its error in the same run."""
+
+    provider: str
+    call: Callable[[], Any]
+    refcheck: str
+    error: float
+
+
+def detection(plan: Plan, bundle: Bundle, model: Path, runner: Runner) -> Iterator[Row]:
+    """Rows of one request: ours with each checker and decoder, and the peers."""
+    config = ProbeConfig(count=plan.probes)
+    folder, tiny = ModelFolder.open(model), TinyDecoder.open(model)
+    made: list[Contender] = []
+    variants: list[tuple[str, ModelFolder, Any, bool, bool]] = [
+        ("full decoder", folder, "image", False, False),
+        ("tiny decoder", tiny, "image", False, False),
+        ("latent checker", folder, "latent", False, False),
+        ("latent checker, early exit", folder, "latent", False, True),
+    ]
+    if plan.compile_mode is not None:
+        variants.insert(1, ("full decoder", folder, "image", True, False))
+    pictures: Any = None
+    for name, source, checker, compiled, early in variants:
+        truth, shown = eager_answers(source, bundle, config, runner.device, latent=checker == "latent")
+        if pictures is None:
+            pictures = shown
+        placement = Placement(plan.precision, compiled=compiled)
+        backend = GraphBackend(bundle, source, placement, runner)
+        detector = Detector(bundle, backend, config, checker=checker, early_exit=early)
+        verdict = detector.check(PROMPT, seed=SEED)
+        if verdict.detail is not None:
+            raise RuntimeError(f"{name} could not judge the request: {verdict.detail}")
+        error = float(np.abs(np.asarray(verdict.margins) - truth[: verdict.probes]).max())
+        call = detector_call(detector)
+        made.append(Contender(f"{verdict.backend}: {name}", call, MARGIN, error))
+    for compiler in (None, plan.compiler):
+        peer = Peer(model, plan.device, plan.dtype, one_step=True, compiler=compiler)
+        screen = peer.detect(bundle, config, PROMPT, seed=SEED)
+        made.append(Contender(peer.provider, screen, PIXEL, float(np.abs(screen() - pictures).max())))
+    size = bundle.manifest.picture.size
+    yield from _rows(plan, "detect", made, f"{plan.detect} R1 P{plan.probes} {size}x{size}")
+
+
+def detector_call(detector: Detector) -> Callable[[], Any]:
+    """One check of the request."""
+    return lambda: detector.check(PROMPT, seed=SEED)
+
+
+def eager_answers(
+    folder: ModelFolder, bundle: Bundle, config: ProbeConfig, device: torch.device, *, latent: bool
+) -> tuple[Any, Any]:
+    """Margins (P, C) and what the checker looked at (P, ...), by the eager definition in float32."""
+    placed = PlacedFolder.place(folder, device, Placement("float32"))
+    module: Probing = load_latent_detector(placed) if latent else load_detector(placed)
+    module.to(device)
+    width = next(
+        spec.axes[-1] for spec in bundle.manifest.graphs["detector"].inputs if spec.name == "prompt_u"
+    )
+    drawn = probes_of(bundle, config, PROMPT, seed=SEED, width=int(width))
+    parts = (drawn.ids, drawn.mask, drawn.u, drawn.v, drawn.angle, drawn.phase, drawn.latents)
+    given = [torch.from_numpy(np.array(part)).to(device) for part in parts]
+    with torch.inference_mode():
+        found = module(*given, torch.ones(1, dtype=torch.int64, device=device))
+    return found[0][0].cpu().numpy(), found[-1][0].cpu().numpy()
+
+
+def generation(plan: Plan, bundle: Bundle, model: Path, runner: Runner) -> Iterator[Row]:
+    """Rows of one picture, from the prompt to the finished picture; the bundle's own solver and guidance."""
+    scale, schedule = bundle.manifest.guidance_scale, bundle.manifest.schedule
+    trajectory = Trajectory(plan.steps, scale, schedule.solver)
+    shape = bundle.manifest.picture.latents
+    noise = normals(SEED, Stream.LATENT, int(np.prod(shape)), probes=[0]).reshape(1, *shape)
+    folder = ModelFolder.open(model)
+    tokenizer = PromptTokenizer(bundle.folder / "tokenizer", bundle.manifest.tokens)
+    ids = np.stack([tokenizer.encode(text)[0] for text in ("", PROMPT)])
+
+    def sampled(placement: Placement) -> tuple[str, Callable[[], Any]]:
+        sampler = GraphBackend(bundle, folder, placement, runner).sampler()
+
+        def call() -> Any:
+            empty, hidden = np.split(sampler.encode(ids), 2)
+            return sampler.decode(sampler.sample(hidden, empty, noise, trajectory))
+
+        return sampler.device, call
+
+    exact = Peer(model, plan.device, torch.float32, one_step=False)
+    draw = exact.generate(PROMPT, noise, steps=plan.steps, guidance_scale=scale)
+    truth = draw()
+    made = []
+    for compiled in (False,) if plan.compile_mode is None else (False, True):
+        label, call = sampled(Placement(plan.precision, compiled=compiled))
+        made.append(Contender(label, call, DIFFUSERS, _gap(call(), truth)))
+    del exact
+    for compiler in (None, plan.compiler):
+        peer = Peer(model, plan.device, plan.dtype, one_step=False, compiler=compiler)
+        draw = peer.generate(PROMPT, noise, steps=plan.steps, guidance_scale=scale)
+        made.append(Contender(peer.provider, draw, DIFFUSERS, _gap(draw(), truth)))
+    size = bundle.manifest.picture.size
+    yield from _rows(plan, "generate", made, f"{plan.generate} N1 {plan.steps} steps {size}x{size}")
+
+
+def _gap(one: Any, two: Any) -> float:
+    return float(np.abs(one - two).max())
+
+
+def _rows(plan: Plan, stage: str, made: Sequence[Contender], shape: str) -> Iterator[Row]:
+    """Rounds over all contenders, the first two not kept; `x_diffusers` is against the plain pipeline."""
+    times: dict[str, list[float]] = {item.provider: [] for item in made}
+    for turn in range(plan.repeats + 2):
+        for item in made:
+            start = time.perf_counter()
+            item.call()
+            if turn >= 2:
+                times[item.provider].append((time.perf_counter() - start) * 1e3)
+    plain = next(item.provider for item in made if "plain" in item.provider)
+    limit = percentiles(times[plain])["p50_ms"]
+    for item in made:
+        found = percentiles(times[item.provider])
+        yield Row(
+            stage=stage,
+            provider=item.provider,
+            threads=torch.get_num_threads(),
+            batch=1,
+            shape=shape,
+            refcheck=item.refcheck,
+            refcheck_error=item.error,
+            command=COMMAND,
+            x_diffusers=limit / found["p50_ms"],
+            **found,
+        )
+
+
+def write(path: Path, gpu: Gpu, rows: Sequence[Row]) -> None:
+    """The rows as CSV, in place of an older run on the same GPU."""
+    columns = [item.name for kind in (Gpu, Row) for item in fields(kind)]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(columns)
+        for row in rows:
+            writer.writerow([_cell(getattr(gpu if hasattr(gpu, name) else row, name)) for name in columns])
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Measure, or rehearse."""
+    parser = argparse.ArgumentParser(prog=COMMAND, description=__doc__)
+    parser.add_argument("--rehearse", action="store_true", help="tiny sizes, anywhere; nothing is written")
+    parser.add_argument("--only", choices=("detect", "generate", "stages"), help="one part of it")
+    parser.add_argument("--work", type=Path, help="folder for the models; kept, and used again")
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    given = parser.parse_args(arguments)
+    if not given.rehearse and not torch.cuda.is_available():
+        print("safelight: no NVIDIA GPU here; do: --rehearse, which writes no figures", file=sys.stderr)
+        return 2
+    plan = REHEARSAL if given.rehearse else GPU
+    with tempfile.TemporaryDirectory() as scratch:
+        work = given.work or Path(scratch)
+        return _measure(plan, work, Path(scratch), given)
+
+
+def _measure(plan: Plan, work: Path, scratch: Path, given: argparse.Namespace) -> int:
+    runner = open_runner(plan.device)
+    torch.backends.cudnn.allow_tf32 = False  # the float32 that all are compared with is float32
+    rows: list[Row] = []
+    parts: dict[str, list[tuple[str, float, float]]] = {}
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if given.only != "generate":
+        model = model_folder(plan.detect, work)
+        bundle = bare_bundle(model, scratch / "detect")
+        if given.only != "stages":
+            rows += detection(plan, bundle, model, runner)
+        if given.only != "detect":
+            parts = staged(
+                runner, bundle, model, precision=plan.precision, probes=plan.probes, peak=plan.peak
+            )
+    if given.only in (None, "generate"):
+        model = model_folder(plan.generate, work)
+        rows += generation(plan, bare_bundle(model, scratch / "generate"), model, runner)
+    for row in rows:
+        x = "" if row.x_diffusers is None else f"{row.x_diffusers:6.2f} x plain diffusers"
+        print(f"{row.stage:9}{row.provider:72}{row.p50_ms:10.2f} ms {x}   error {row.refcheck_error:.1e}")
+    for variant, found in parts.items():
+        for name, took, floor in found:
+            print(f"{variant:16}{name:16}{took:10.3f} ms   floor {floor:8.3f} ms")
+    if plan is REHEARSAL:
+        print("rehearsal: no figures")
+        return 0
+    gpu = Gpu.here()
+    if rows:
+        write(given.out / f"{gpu.slug}-detect.csv", gpu, rows)
+    if parts:
+        waterfall(
+            parts, given.out / f"{gpu.slug}-waterfall.png", f"{plan.detect}, {plan.probes} probes, {gpu.gpu}"
+        )
+    print(f"safelight: {len(rows)} rows in {given.out}", file=sys.stderr)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
