@@ -23,7 +23,7 @@ def bare_bundle(model: Path, target: Path) -> Bundle:
     folder = ModelFolder.open(model)
     with new_folder(target) as partial:
         exporting._copy_configurations(folder, partial)
-        tokens = exporting._tokens(folder, partial)
+        tokens, second = exporting._tokens(folder, partial)
         files = {name: exporting._entry(partial / name) for name in list_files(partial)}
     sizes = Sizes.read(folder, tokens.window)
     graphs = {
@@ -44,5 +44,6 @@ def bare_bundle(model: Path, target: Path) -> Bundle:
         guidance_scale=exporting._guidance_scale(folder, None),
         distilled=True,
         defences=defences(folder),
+        second_text=second,
     )
     return Bundle(target, manifest)
