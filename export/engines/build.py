@@ -156,7 +156,7 @@ def _fill(
     known, fresh = engines_folder(bundle.folder) / "timing" / timing, partial / "timing.cache"
     if known.exists():
         check_private(known, folder=False)
-        shutil.copyfile(known, fresh)
+        shutil.copy(known, fresh)  # its mode too: an open one would not be read again
     job = Job(
         module=flavour.module,
         graph=parts.graph,
