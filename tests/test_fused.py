@@ -16,8 +16,10 @@ from safelight.probe import ProbeConfig
 from safelight.schedule import NoiseSchedule
 
 LATENTS, WIDTH, PROBES = (4, 3, 5), 12, 4
-TOKENS = SimpleNamespace(pad=9, eos=8)
-MANIFEST: Any = SimpleNamespace(tokens=TOKENS, rotate="tokens+eos", picture=SimpleNamespace(latents=LATENTS))
+TOKENS = SimpleNamespace(pad=9, eos=8, window=6)
+MANIFEST: Any = SimpleNamespace(
+    tokens=TOKENS, second_text=None, rotate="tokens+eos", picture=SimpleNamespace(latents=LATENTS)
+)
 PROMPTS = np.array([[7, 1, 2, 8, 9, 9], [7, 3, 8, 9, 9, 9]])
 SEEDS = (2**64 - 3, 12345)
 
