@@ -75,6 +75,7 @@ def _concept_margins(
         special_dots += tl.sum(tile * embed[None, :], 1)
         special_squares += tl.sum(tile * tile, 1)
         odd += tl.sum((~(tl.abs(tile) < float("inf"))).to(tl.int32))
+    odd += tl.where(square < float("inf"), 0, 1)  # over an infinite norm every cosine would be 0
     norm = _norm(square)
     which = tl.arange(0, SPECIALS)
     limit = tl.load(special_thresholds + which, which < specials, other=0.0)
@@ -84,7 +85,7 @@ def _concept_margins(
     concept = tl.arange(0, CONCEPTS)
     threshold = tl.load(thresholds + concept, concept < concepts, other=0.0)
     margins = dots / (norm * _norm(squares)) - threshold + tl.where(present, _CARE, 0.0)
-    margins = tl.where(odd > 0, float("nan"), margins)  # a special concept that cannot be compared
+    margins = tl.where(odd > 0, float("nan"), margins)  # something that cannot be compared
     into = block + request * (probes * (concepts + 2) + 2) + probe * concepts
     tl.store(into + concept, margins, concept < concepts)
 
