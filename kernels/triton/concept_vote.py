@@ -122,7 +122,9 @@ def _margin_vote(
         tl.store(block + probe[:, None] * concepts + concept[None, :], margin, inside)
     tl.store(block + cut + probe, flagged.to(tl.float32), real)
     tl.store(block + cut + probes + probe, whole.to(tl.float32), real)
-    tl.store(block + cut + 2 * probes, hits.to(tl.float32) / probes)
+    # rounded as the definition rounds it, which `/` is not
+    score = tl.div_rn(hits.to(tl.float32), probes.to(tl.float32))
+    tl.store(block + cut + 2 * probes, score)
     tl.store(block + cut + 2 * probes + 1, blocked.to(tl.float32))
 
 
