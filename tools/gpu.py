@@ -44,19 +44,19 @@ def steps() -> list[Step]:
     workers = ("-n", str(min(8, os.cpu_count() or 1))) if find_spec("xdist") else ()
     rehearsal = (*python, "-m", "safelight.bench.kernels", "--rehearse")
     made = [
-        Step("tests", (*python, "-m", "pytest", "-q", "-m", "gpu", *workers, *marked), 200),
-        Step("kernels", (*python, "-m", "safelight.bench.kernels"), 150),
+        Step("tests", (*python, "-m", "pytest", "-q", "-m", "gpu", *workers, *marked), 150),
+        Step("kernels", (*python, "-m", "safelight.bench.kernels"), 90),
     ]
     if find_spec("diffusers"):
-        made.append(Step("detection", (*python, "-m", "safelight.bench.gpu_detect"), 240))
+        made.append(Step("detection", (*python, "-m", "safelight.bench.gpu_detect"), 160))
     else:
         print(f"safelight: {sys.executable} has no diffusers; detection is not measured", file=sys.stderr)
     if checker := shutil.which("compute-sanitizer"):
         # each tensor in an allocation of its own, or an access past its end would be inside torch's block
         alone = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-        made.append(Step("memory checker", (checker, "--error-exitcode", "9", *rehearsal), 100, alone))
+        made.append(Step("memory checker", (checker, "--error-exitcode", "9", *rehearsal), 70, alone))
     else:
-        made.append(Step("rehearsal, since compute-sanitizer is not on the path", rehearsal, 100))
+        made.append(Step("rehearsal, since compute-sanitizer is not on the path", rehearsal, 70))
     return made
 
 
