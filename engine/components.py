@@ -132,5 +132,5 @@ class SafetyChecker(nn.Module):
         margins = self.checker.margins(embeds)
         finite = torch.isfinite(margins).all(-1) & torch.isfinite(images).flatten(1).all(-1)
         flagged = (margins > 0).any(-1) | ~finite
-        black = torch.zeros((), dtype=images.dtype)
+        black = torch.zeros((), dtype=images.dtype, device=images.device)
         return torch.where(flagged.view(-1, 1, 1, 1), black, images), flagged, margins, embeds

@@ -227,7 +227,8 @@ def concept_vote(
     them.
 
     Margins are NaN where a special-care concept cannot be compared: a NaN there would only fail to raise
-    them, since no comparison with it holds.
+    them, since no comparison with it holds. So they are where the square of an embedding's norm passes
+    float32, for its cosines would all be 0.
     """
     margins = reference.concept_margins(
         image_embeds.flatten(0, 1),
@@ -237,8 +238,9 @@ def concept_vote(
         concepts.special_thresholds,
     )
     known = torch.isfinite(concepts.special_embeds).all() & torch.isfinite(concepts.special_thresholds).all()
-    margins = torch.where(known, margins, torch.nan)
-    return margin_vote(margins.view(*image_embeds.shape[:2], -1), finite, need, out=out)
+    known = known & torch.isfinite(image_embeds.float().square().sum(-1, keepdim=True))
+    margins = torch.where(known, margins.view(*image_embeds.shape[:2], -1), torch.nan)
+    return margin_vote(margins, finite, need, out=out)
 
 
 def split_block(block: Tensor, probes: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:

@@ -5,7 +5,8 @@ import inspect
 import math
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -178,6 +179,32 @@ def test_every_call_that_is_served_has_a_variant_and_the_grid_of_its_rule(
         "concept_vote": ["concept_margins", "margin_vote"],
     }
     assert [kernel for kernel, _ in started] == expected[operation]
+
+
+@WITH_TRITON
+def test_a_kernel_starts_on_the_device_of_its_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton itself starts on the current device, where the addresses of another one mean nothing."""
+    from safelight.kernels.triton.kernel import Kernel
+    from safelight.kernels.triton.launch import launch
+
+    seen: list[str] = []
+
+    @contextmanager
+    def device_of(tensor: torch.Tensor) -> Iterator[None]:
+        seen.append(f"on {tensor.device}")
+        yield
+        seen.append("left")
+
+    class Function:
+        def __getitem__(self, grid: tuple[int, int, int]) -> Any:
+            return lambda **_: seen.append(f"start {grid}")
+
+    monkeypatch.setattr(torch.cuda, "device_of", device_of)
+    kernel = Kernel("k", Function(), (), "(n, 1, 1)")  # type: ignore[arg-type]
+    given = {"n": 2, "x": torch.empty(2, device="meta")}
+    launch(kernel, (0, 1, 1), given, {})
+    launch(kernel, (2, 1, 1), given, {})
+    assert seen == ["on meta", "start (2, 1, 1)", "left"]
 
 
 @WITH_TRITON

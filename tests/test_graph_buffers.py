@@ -13,8 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from safelight.engine.graphs.program import Program
-from safelight.engine.graphs.runner import Processor
-from safelight.engine.graphs.slab import ALIGNMENT, Slab, bucket, fill
+from safelight.engine.graphs.runner import Body, Processor
+from safelight.engine.graphs.slab import ALIGNMENT, Layout, Slab, bucket, fill
 
 CPU = torch.device("cpu")
 
@@ -122,6 +122,41 @@ def test_a_run_is_one_copy_in_one_copy_out_and_one_wait() -> None:
     assert len({place for _, place in runner.seen}) == 2
 
 
+class Guarded(Processor):
+    """The processor, refusing whoever calls a verb out of turn: on a GPU zeros that a thread writes into new
+    buffers would go into the graph that another one is capturing on the same stream.
+    """
+
+    def slab(self, layout: Layout, *, host: bool = False) -> Slab:
+        self.held()
+        return super().slab(layout, host=host)
+
+    def record(self, body: Body) -> Body:
+        self.held()
+        return super().record(body)
+
+    def held(self) -> None:
+        """Another thread cannot take the turn now."""
+        found: list[bool] = []
+
+        def take() -> None:
+            if self.turn.acquire(blocking=False):
+                self.turn.release()
+                found.append(True)
+
+        other = threading.Thread(target=take)
+        other.start()
+        other.join()
+        assert not found, "the turn is not held"
+
+
+def test_buffers_are_made_in_turn() -> None:
+    runner = Guarded()
+    with pytest.raises(AssertionError, match="the turn is not held"):
+        runner.slab({"x": (torch.float32, (4,))})
+    doubling(runner).result()
+
+
 def test_results_are_the_callers_own() -> None:
     program = doubling(Processor())
     one, two = program.result(), program.result()
@@ -138,6 +173,31 @@ def test_a_program_keeps_to_its_time() -> None:
         program.run(values, result, deadline=time.monotonic() - 1)
     assert result.arrays()["y"].tolist() == [0] * 4
     program.run(values, result, deadline=math.inf)
+    assert result.arrays()["y"].tolist() == [3] * 4
+
+
+def test_waiting_for_a_turn_counts_as_time() -> None:
+    """Another thread's long run, of a sampler on the same device, say, must not make a late run later."""
+    program = doubling(Processor())
+    values = {"x": np.ones(4, np.float32), "more": np.zeros(3, np.int64)}
+    result, held, done = program.result(), threading.Event(), threading.Event()
+
+    def hold() -> None:
+        with program._runner.turn:
+            held.set()
+            done.wait(20)
+
+    other = threading.Thread(target=hold)
+    other.start()
+    held.wait()
+    start = time.monotonic()
+    with pytest.raises(TimeoutError, match="time limit"):
+        program.run(values, result, deadline=start + 0.05)
+    late = time.monotonic() - start
+    done.set()
+    other.join()
+    assert 0.05 <= late < 10 and result.arrays()["y"].tolist() == [0] * 4
+    program.run(values, result, deadline=time.monotonic() + 20)
     assert result.arrays()["y"].tolist() == [3] * 4
 
 

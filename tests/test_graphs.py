@@ -22,7 +22,7 @@ from safelight.bench.bare_bundle import bare_bundle
 from safelight.engine.backends import open_backend, shape_of
 from safelight.engine.bundle import Bundle
 from safelight.engine.detect import Detector
-from safelight.engine.eager import load_detector, load_latent_detector
+from safelight.engine.eager import load_detector, load_graph, load_latent_detector
 from safelight.engine.graphs.backend import GraphBackend
 from safelight.engine.graphs.one_launch import OneLaunchModel
 from safelight.engine.graphs.placed import KEPT, PlacedFolder, Placement
@@ -31,7 +31,7 @@ from safelight.engine.graphs.runner import Processor, _Memory
 from safelight.engine.graphs.sampling import GraphSampler
 from safelight.engine.graphs.screening import LatentScreening, PictureScreening
 from safelight.engine.graphs.slab import Slab, bucket
-from safelight.engine.graphs.stage import detector_kept
+from safelight.engine.graphs.stage import detector_kept, part_body
 from safelight.engine.model_folder import ModelFolder
 from safelight.engine.neighbourhood import Request
 from safelight.errors import SafelightError
@@ -404,15 +404,19 @@ def test_what_the_checker_compares_with_stays_float32(bundle: Bundle, folder: Mo
 
 
 class Captured(TorchDispatchMode):
-    """Refuses whatever brings a value from the host to tensors that have none, as a capture does."""
+    """Refuses whatever brings a value from the host to tensors that have none, as a capture does.
+
+    A single number is an argument of most kernels, but `where` copies it to the device first.
+    """
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         made = func(*args, **(kwargs or {}))
+        copied = func.overloadpacket is torch.ops.aten.where
         here, there = (
             {
                 value.device.type
                 for value in tree_leaves(part)
-                if isinstance(value, torch.Tensor) and value.dim()
+                if isinstance(value, torch.Tensor) and (value.dim() or copied)
             }
             for part in ((args, kwargs), made)
         )
@@ -451,3 +455,27 @@ def test_bodies_leave_the_host_alone(
                 bool(made["finite"].all())
             with pytest.raises(AssertionError, match="from the host"):
                 torch.ones(3).to("meta")
+
+
+@pytest.mark.parametrize(
+    "graph_name",
+    ["text_encoder", "unet", "vae_decoder", "vae_encoder", "safety_checker", "latent_checker", "redirector"],
+)
+def test_stages_leave_the_host_alone(
+    bundle: Bundle, folder: ModelFolder, graph_name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So does the body of every graph that is one module."""
+    module = load_graph(PlacedFolder.place(folder, CPU, Placement("float16")), graph_name).to("meta")
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    spec = bundle.manifest.graphs[graph_name]
+    given, made = (
+        {
+            item.name: torch.empty(
+                shape_of(item, {"batch": 3}), dtype=getattr(torch, item.dtype), device="meta"
+            )
+            for item in items
+        }
+        for items in (spec.inputs, spec.outputs)
+    )
+    with torch.inference_mode(), Captured():
+        part_body(module, torch.float16)(given, made)

@@ -134,6 +134,21 @@ def test_what_is_not_finite_is_flagged_and_blocks(triton_body: Body, tol: dict, 
     assert blocked.tolist() == [any(row) for row in hit]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_an_embedding_whose_norm_passes_float32_is_flagged(
+    triton_body: Body, tol: dict, dtype: torch.dtype
+) -> None:
+    """Over a norm that became infinite every cosine is 0, and nothing would be present."""
+    known = constants(3, 2, 16)
+    embeds = torch.stack([known.embeds[0], known.embeds[0] * 1e19, known.embeds[0] * 1e17])[None].to(dtype)
+    assert torch.isfinite(embeds).all()
+    finite, need = torch.ones(1, 3, dtype=torch.bool), torch.tensor([3])
+    made = agree(triton_body, tol, embeds, finite, need, concepts=known)
+    margins, flagged, whole, _, blocked = fused.split_block(made, 3)
+    assert flagged.all() and blocked.all() and whole.tolist() == [[True, False, True]]
+    assert margins[0, 1].isnan().all() and margins[0, 2, 0] == pytest.approx(0.9, abs=0.02)
+
+
 def test_an_embedding_of_nothing_has_no_cosine(triton_body: Body, tol: dict) -> None:
     finite, need = torch.ones(1, 2, dtype=torch.bool), torch.tensor([1])
     made = agree(triton_body, tol, torch.zeros(1, 2, 16), finite, need, concepts=constants(3, 1, 16))

@@ -73,7 +73,9 @@ class PlacedFolder(ModelFolder):
                 getattr(network, key).data = value.float()
             move(network, self.device)
             if self.device.type == "cuda":
-                torch.cuda.synchronize(self.device)  # graphs run on a stream of their own
+                # graphs run on a stream of their own; to wait for the whole device would break off a capture
+                waited: Any = torch.cuda.current_stream(self.device)
+                waited.synchronize()
             if self.placement.compiled and name in COMPILED:
                 self._compile(network)
             self._loaded[name] = network

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from numpy.typing import NDArray
 
-from safelight.engine.graphs.runner import Body, Runner
+from safelight.engine.graphs.runner import Body, Runner, taken
 from safelight.engine.graphs.slab import Layout, Slab, fill
 
 PLANS = 16  # programs that one owner keeps, each with its buffers and its graphs
@@ -24,7 +24,8 @@ class Program:
         """Allocates the buffers; `kept` stay on the device. Raises SafelightError where memory is short."""
         self._runner = runner
         self._layout = outputs
-        with torch.inference_mode():
+        # zeros are written on the runner's stream: out of turn, into what another thread captures there
+        with runner.turn, torch.inference_mode():
             self._inputs, self._outputs, self._kept = (
                 runner.slab(layout) for layout in (inputs, outputs, kept)
             )
@@ -44,7 +45,7 @@ class Program:
 
     def result(self) -> Slab:
         """A block on the host for the outputs of runs; a run writes into the one that it is given."""
-        with torch.inference_mode():
+        with self._runner.turn, torch.inference_mode():
             return self._runner.slab(self._layout, host=True)
 
     def run(
@@ -61,7 +62,7 @@ class Program:
         Values that are shorter than their buffers are followed by zeros. Raises TimeoutError past the
         deadline, ValueError for a value that does not fit, and whatever went wrong on the device.
         """
-        with self._runner.turn, torch.inference_mode():
+        with taken(self._runner.turn, deadline), torch.inference_mode():
             self._runner.start(deadline)  # the device may still read what was staged last
             for name, array in self._arrays.items():
                 fill(array, values[name])

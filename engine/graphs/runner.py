@@ -5,8 +5,8 @@ A body takes nothing and gives nothing: it reads and writes tensors that never m
 
 import threading
 import time
-from collections.abc import Callable
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol
@@ -61,6 +61,18 @@ def past(deadline: float | None) -> None:
     """Raises TimeoutError where a time of `time.monotonic` is past."""
     if deadline is not None and time.monotonic() >= deadline:
         raise TimeoutError("the time limit is past")
+
+
+@contextmanager
+def taken(turn: threading.RLock, deadline: float | None) -> Iterator[None]:
+    """Hold a turn. Raises TimeoutError where another thread still holds it at the deadline."""
+    left = -1.0 if deadline is None else min(max(0.0, deadline - time.monotonic()), threading.TIMEOUT_MAX)
+    if not turn.acquire(timeout=left):
+        raise TimeoutError("the time limit is past")
+    try:
+        yield
+    finally:
+        turn.release()
 
 
 class Processor:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from safelight.engine.backends import Array, axes_of, key_of, shape_of
 from safelight.engine.graphs.program import Program
-from safelight.engine.graphs.runner import Runner
+from safelight.engine.graphs.runner import Runner, taken
 from safelight.engine.graphs.screening import Screening
 from safelight.engine.graphs.slab import Layout, Slab, bucket
 from safelight.errors import ShapeError
@@ -99,7 +99,7 @@ class GraphStage:
     ) -> dict[str, Array]:
         """See `Stage`. Past the deadline a GPU goes on; the next run waits for it first."""
         axes = axes_of(self._spec, inputs)
-        with self._runner.turn:
+        with taken(self._runner.turn, deadline):
             planned = self._plans.get(key_of(axes))
             if planned is None:
                 raise ShapeError(

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from safelight.errors import SafelightError
-from safelight.kernels.ahead.manifest import lay_out
+from safelight.kernels.ahead.manifest import installed_triton, lay_out
 from safelight.kernels.ahead.target import number
 from safelight.kernels.triton.kernel import Kernel, Variant
 from safelight.plain import to_plain
@@ -147,14 +147,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("targets", nargs="+")
     call = parser.parse_args(arguments)
     try:
-        import triton
-
         todo = list(enumerate(tasks(load_kernels(call.source), call.targets)))
         done = [(at, compile_task(*task, call.folder)) for at, task in todo[call.index :: call.count]]
     except SafelightError as fault:
         print(str(fault), file=sys.stderr)
         return 1
-    call.records.write_text(json.dumps({"triton": triton.__version__, "done": done}), encoding="utf-8")
+    call.records.write_text(json.dumps({"triton": installed_triton(), "done": done}), encoding="utf-8")
     return 0
 
 

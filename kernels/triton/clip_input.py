@@ -32,7 +32,7 @@ CHANNELS = 3
 def _level(value):
     """The 8-bit level of a decoder's value in about [-1, 1]; NaN where it is not finite."""
     known = tl.abs(value) < float("inf")
-    picture = tl.minimum(tl.maximum(tl.where(known, value, 0.0) / 2.0 + 0.5, 0.0), 1.0)
+    picture = tl.minimum(tl.maximum(tl.where(known, value, 0.0) * 0.5 + 0.5, 0.0), 1.0)
     exact = picture * 255.0  # only converted and compared, so that no compiler fuses its rounding away
     whole = exact.to(tl.int32)
     half = whole.to(tl.float32) + 0.5

@@ -75,6 +75,7 @@ def _concept_margins(
         special_dots += tl.sum(tile * embed[None, :], 1)
         special_squares += tl.sum(tile * tile, 1)
         odd += tl.sum((~(tl.abs(tile) < float("inf"))).to(tl.int32))
+    odd += tl.where(square < float("inf"), 0, 1)  # over an infinite norm every cosine would be 0
     norm = _norm(square)
     which = tl.arange(0, SPECIALS)
     limit = tl.load(special_thresholds + which, which < specials, other=0.0)
@@ -84,7 +85,7 @@ def _concept_margins(
     concept = tl.arange(0, CONCEPTS)
     threshold = tl.load(thresholds + concept, concept < concepts, other=0.0)
     margins = dots / (norm * _norm(squares)) - threshold + tl.where(present, _CARE, 0.0)
-    margins = tl.where(odd > 0, float("nan"), margins)  # a special concept that cannot be compared
+    margins = tl.where(odd > 0, float("nan"), margins)  # something that cannot be compared
     into = block + request * (probes * (concepts + 2) + 2) + probe * concepts
     tl.store(into + concept, margins, concept < concepts)
 
@@ -121,7 +122,9 @@ def _margin_vote(
         tl.store(block + probe[:, None] * concepts + concept[None, :], margin, inside)
     tl.store(block + cut + probe, flagged.to(tl.float32), real)
     tl.store(block + cut + probes + probe, whole.to(tl.float32), real)
-    tl.store(block + cut + 2 * probes, hits.to(tl.float32) / probes)
+    # rounded as the definition rounds it, which `/` is not
+    score = tl.div_rn(hits.to(tl.float32), probes.to(tl.float32))
+    tl.store(block + cut + 2 * probes, score)
     tl.store(block + cut + 2 * probes + 1, blocked.to(tl.float32))
 
 

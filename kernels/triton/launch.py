@@ -46,7 +46,8 @@ def use_runner(runner: Runner) -> Iterator[None]:
 
 
 def launch(kernel: Kernel, grid: Grid, arguments: Arguments, constants: Mapping[str, Constant]) -> None:
-    """Start a kernel; nothing where the grid is empty. `constants` holds num_warps and num_stages too.
+    """Start a kernel on the device of its tensors; nothing where the grid is empty. `constants` holds
+    num_warps and num_stages too.
 
     Raises BackendUnavailable where a runner is set and no variant fits.
     """
@@ -58,7 +59,10 @@ def launch(kernel: Kernel, grid: Grid, arguments: Arguments, constants: Mapping[
         ordered = {name: arguments[name] for name, kind in variant.signature.items() if kind != "constexpr"}
         runner(kernel, variant, grid, ordered)
     else:
-        kernel.function[grid](**arguments, **constants)  # type: ignore[index]
+        # Triton starts on the current device, whatever device the pointers are of
+        tensor = next(value for value in arguments.values() if isinstance(value, Tensor))
+        with torch.cuda.device_of(tensor):  # type: ignore[no-untyped-call]
+            kernel.function[grid](**arguments, **constants)  # type: ignore[index]
 
 
 def tuned(kernel: str, tensor: Tensor, *, size: int = 0) -> Setting:
