@@ -32,10 +32,14 @@ def find_engine(bundle: Bundle, graph: str, *, flavours: tuple[Flavour, ...], ta
     build = build_command(bundle, graph, target)
     if not engines.is_dir():
         raise BackendUnavailable(f"tensorrt: no engine of {graph} was built for {bundle.folder}; do: {build}")
+    try:
+        key = read_key(key_file)
+    except BundleError as fault:
+        raise BundleError(f"tensorrt: {fault}; do: {build}") from None
     usable: list[Found] = []
     stale: list[tuple[Parts, list[str]]] = []
     distrusted: list[BundleError] = []
-    for folder, record in read_records(engines, read_key(key_file)):
+    for folder, record in read_records(engines, key):
         if isinstance(record, BundleError):
             distrusted.append(record)
             continue
