@@ -12,6 +12,7 @@ from importlib.util import find_spec
 from safelight.engine.backends import SMALL
 from safelight.engine.bundle import Bundle
 from safelight.engine.doctor import gpus
+from safelight.engine.engines.store import engines_folder
 from safelight.engine.tuned import read_tuned, tuned_path
 from safelight.errors import BundleError
 
@@ -42,6 +43,8 @@ def choose(bundle: Bundle) -> Choice:
         ignored = f"{path} is ignored: {reason}; do: safelight tune {bundle.folder}"
         warnings.warn(ignored, RuntimeWarning, stacklevel=2)
     backend, why = _rule(bundle)
+    if engines_folder(bundle.folder).is_dir():  # they are not float32 alone, so they need a proof
+        why += f"; its TensorRT engines take part once they are measured: safelight tune {bundle.folder}"
     return Choice(backend, why, ignored)
 
 
@@ -49,7 +52,7 @@ def _rule(bundle: Bundle) -> tuple[str, str]:
     _, height, width = bundle.manifest.picture.latents
     if gpus() and _has_cuda():
         return "onnxruntime:cuda", "there is a GPU, and this onnxruntime has the CUDA provider"
-    if height * width < SMALL:
+    if height * width <= SMALL:
         return "onnxruntime", f"latents of {height} x {width} are small, and it starts fastest"
     if find_spec("openvino") is None:
         return "onnxruntime", "openvino, which is faster on pictures of this size, is not installed"

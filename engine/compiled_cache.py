@@ -5,7 +5,6 @@ What lies there decides verdicts, so nobody else may write to it, and every file
 before it is used.
 """
 
-import fcntl
 import hashlib
 import json
 import os
@@ -38,23 +37,29 @@ def compiled_cache(runtime: str, key: Mapping[str, Any]) -> Iterator[Path | None
     """
     name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:32]
     try:
+        import fcntl  # not on every system; where it is missing nothing is kept
+
         home = _private(cache_root() / runtime)
+        folder = home / name
         lock = os.open(home / f"{name}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
-    except OSError as fault:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not _is_sealed(folder):
+                _remove(folder)
+                folder.mkdir(mode=0o700)
+        except BaseException:
+            os.close(lock)
+            raise
+    except (OSError, ImportError) as fault:
         warnings.warn(
             f"nothing that {runtime} compiles is kept, so each start compiles again ({fault}); make "
-            f"{cache_root()} a folder of your own, mode 700",
+            f"{cache_root()} a folder of your own, mode 700, on a disk with room",
             RuntimeWarning,
             stacklevel=4,
         )
         yield None
         return
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        folder = home / name
-        if not _is_sealed(folder):
-            _remove(folder)
-            folder.mkdir(mode=0o700)
         yield folder
         _seal(folder)
         _forget(home, folder)

@@ -47,9 +47,8 @@ class Cuda:
             library.cudaGetErrorString.restype = ctypes.c_char_p
             why = library.cudaGetErrorString(code).decode() if code else "none is visible"
             raise BackendUnavailable(
-                f"tensorrt: no usable CUDA device ({why}); engines are built without a GPU and run on one "
-                "only; "
-                f"{_REMEDY}"
+                f"tensorrt: no usable CUDA device ({why}), and engines run on a GPU only; do: nvidia-smi, "
+                "and use a machine whose GPU and driver it shows"
             )
         return cls(library)
 

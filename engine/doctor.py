@@ -1,6 +1,7 @@
 """What can run here: one finding per backend and per extra, with the command that mends what is missing.
 
-A backend is usable where it has run a shipped graph. Each is tried in a process of its own, so that a library
+A backend is usable where it has run a shipped graph; of torch and tensorrt, which run weights or engines of
+one's own, where its library and its device answer. Each is tried in a process of its own, so that a library
 that crashes or hangs on import is a finding, not the end. Nothing is repaired and no backend is chosen in
 place of another.
 """
@@ -37,12 +38,14 @@ class Probe:
 
     @property
     def remedy(self) -> str:
-        """The command that installs it, or mends what the lean core brings."""
-        return (
-            f"pip install 'safelight[{self.extra}]'"
-            if self.extra
-            else f"pip install --force-reinstall {self.name.partition(':')[0]}"
-        )
+        """The command that installs it, or mends what the lean core brings; a provider of onnxruntime that
+        says nothing itself lacks its GPU or the driver.
+        """
+        if self.extra:
+            return f"pip install 'safelight[{self.extra}]'"
+        if ":" in self.name:
+            return "nvidia-smi, to see that there is a GPU and its driver"
+        return f"pip install --force-reinstall {self.name}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +86,11 @@ print("torch", torch.__version__, "-", torch.cuda.get_device_name(), torch.versi
 """
 _TENSORRT = """
 from safelight.engine.backends.tensorrt import describe
-print(describe())
+from safelight.errors import SafelightError
+try:
+    print(describe())
+except SafelightError as fault:
+    raise SystemExit(" ".join(str(fault).split())) from None
 """
 _EXPORT = """
 import onnx, onnxscript, torch

@@ -105,6 +105,11 @@ class ModelFolder:
 
     def _check_network(self, name: str) -> None:
         check_classes(self.path / name / "config.json")
+        if (adapter := self.path / name / "adapter_config.json").exists():
+            raise BundleError(
+                f"{adapter} has an adapter put into the network that no digest names; delete it, and name "
+                "the LoRA with --lora"
+            )
         check_weights(self.path / name, self._variant(name))
 
     def weights(self, name: str) -> list[Path]:

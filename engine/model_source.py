@@ -59,11 +59,13 @@ def locate_model(
             raise ValueError(f"{text} is a folder and has no revisions; got {revision!r}; leave it out")
         path = MODEL_FOLDER if text == SHIPPED else Path(text)
         return ModelSource(path, SHIPPED if path.resolve() == MODEL_FOLDER.resolve() else path.resolve().name)
-    identity, _, pinned = text.partition("@")
+    identity, at, pinned = text.partition("@")
     if text.startswith((".", "/", "~")) or identity.count("/") != 1:
         raise BundleError(
             f"{text} is no folder; name a local diffusers folder, `{SHIPPED}`, or a hub id such as owner/name"
         )
+    if (at and not pinned) or revision == "":
+        raise ValueError(f"{text} names an empty revision, which pins nothing; name a commit, or leave @ out")
     if pinned and revision is not None and pinned != revision:
         raise ValueError(f"{text} and revision {revision!r} pin two revisions; name one")
     return _fetch(identity, pinned or revision, variant, parts)

@@ -78,7 +78,10 @@ class OneStepModel(ProbeModel):
             deadline=deadline,
             lane=lane,
         )
-        margins, flagged, finite = (found[name] for name in ("margins", "flagged", "finite"))
+        margins = found["margins"]
+        # the graph says both itself; a compiler that reasons NaN away would have it say that all is well
+        finite = found["finite"] & np.isfinite(margins).all(-1)
+        flagged = found["flagged"] | (margins > 0).any(-1) | ~finite
         looks = Looks(margins, flagged, finite, found.get("images"), found.get("x0"))
         return looks.reshaped(len(requests))
 

@@ -15,7 +15,7 @@ from safelight.engine.backends import BACKENDS, open_backend
 from safelight.engine.bundle import Bundle
 from safelight.engine.detect import Detector
 from safelight.engine.tuned import Trial, Tuned, this_machine, tuned_path, versions, write_tuned
-from safelight.errors import BackendUnavailable, SafelightError
+from safelight.errors import SafelightError
 from safelight.verdict import Verdict
 
 REFERENCE = "onnxruntime"
@@ -51,12 +51,12 @@ def tune(
         try:
             found = _measure(bundle, name, prompts, threads, repeats)
             trials.append(compare(name, reference, *found))
-        except BackendUnavailable as fault:
+        except SafelightError as fault:  # no runtime, no GPU, no engine that may be loaded
             trials.append(Trial(name, str(fault), None, 0, 0, 0, 0, None))
         on_line(describe(trials[-1]))
     best = min((trial for trial in trials if not trial.excluded), key=lambda trial: trial.p50_ms or 0.0)
     tuned = Tuned(
-        best.backend, bundle.manifest.bundle_id, this_machine(), versions(), REFERENCE, tuple(trials)
+        best.backend, bundle.manifest.bundle_id, this_machine(bundle), versions(), REFERENCE, tuple(trials)
     )
     path = tuned_path(bundle)
     write_tuned(tuned, path)
@@ -66,6 +66,7 @@ def tune(
 def _measure(bundle: Bundle, name: str, prompts: Sequence[str], threads: int | None, repeats: int) -> Found:
     """Verdicts on all prompts, and milliseconds of checks of the first, of one backend."""
     probe, times = bundle.manifest.probe, []
+    threads = None if name == "tensorrt" else threads  # an engine has no use for them and refuses them
     with Detector(bundle, open_backend(name, bundle, threads=threads), probe, early_exit=False) as detector:
         verdicts = [detector.check(prompt, seed=SEED) for prompt in prompts]
         for _ in range(repeats):

@@ -1,7 +1,8 @@
 """`NAME.tuned.json` beside a bundle: which backend was fastest there, on which machine, by what measurement.
 
-Written by `tune`, read by `auto`. It names a backend out of those that exist and nothing else, so whoever can
-write it can slow a detector down and no more. Runs nothing.
+Written by `tune`, read by `auto`. It names a backend out of those that exist and nothing else: whoever can
+write it can slow a detector down, or have it compute in bfloat16 or by this user's own engines, and no more.
+Runs nothing.
 """
 
 import json
@@ -18,11 +19,16 @@ from safelight.engine.backends import BACKENDS
 from safelight.engine.bundle import Bundle
 from safelight.engine.compiled_cache import cache_root
 from safelight.engine.doctor import cores, cpu_flags, cpu_name, gpus
+from safelight.engine.engines.store import engines_folder
 from safelight.errors import BundleError
 from safelight.models.shapes import BUNDLE_FOLDER
 from safelight.plain import from_plain, to_plain
 
-LIBRARIES = ("onnxruntime", "onnxruntime-gpu", "openvino", "tensorrt", "torch")
+LIBRARIES = (
+    *("onnxruntime", "onnxruntime-gpu", "onnxruntime-ep-nv-tensorrt-rtx-cu13", "openvino", "torch"),
+    *("tensorrt", "tensorrt-cu13-bindings", "tensorrt-cu12-bindings"),
+    *("tensorrt-rtx", "tensorrt-rtx-cu13-bindings", "tensorrt-rtx-cu12-bindings"),
+)
 FORM = 1
 
 
@@ -48,7 +54,7 @@ class Trial:
 class Tuned:
     """The winner, and all that it holds for: bundle, machine and versions.
 
-    Raises ValueError for a winner that is no backend.
+    Raises ValueError for a winner that is no backend, or that no trial found to agree.
     """
 
     winner: str
@@ -62,12 +68,19 @@ class Tuned:
     def __post_init__(self) -> None:
         if self.winner not in BACKENDS:
             raise ValueError(f"winner must be one of {BACKENDS}; got {self.winner!r}")
+        agreed = {
+            trial.backend
+            for trial in self.trials
+            if not trial.excluded and not trial.verdicts_differ and trial.p50_ms is not None
+        }
+        if self.winner not in agreed:
+            raise ValueError(f"winner must be one of those that agree, {sorted(agreed)}; got {self.winner!r}")
         if self.safelight_tuned != FORM:
             raise ValueError(f"safelight_tuned must be {FORM}; got {self.safelight_tuned!r}")
 
     def stale(self, bundle: Bundle) -> str:
         """Which part is no longer what was measured, in a few words; empty where all is."""
-        here = {"the bundle": bundle.manifest.bundle_id, **this_machine(), **versions()}
+        here = {"the bundle": bundle.manifest.bundle_id, **this_machine(bundle), **versions()}
         then = {"the bundle": self.bundle, **self.machine, **self.versions}
         for name in (*here, *then):
             if here.get(name) != then.get(name):
@@ -79,13 +92,15 @@ def _word(value: Any) -> str:
     return "not there" if value is None else str(value)
 
 
-def this_machine() -> dict[str, Any]:
-    """What a measurement depends on, as plain JSON values."""
+def this_machine(bundle: Bundle) -> dict[str, Any]:
+    """What a measurement depends on besides the bundle and versions, as plain JSON values."""
+    engines = engines_folder(bundle.folder)
     return {
         "the processor": cpu_name(),
         "its instructions": list(cpu_flags() or ()),
         "the number of cores": cores(),
         "the GPU": list(gpus()),
+        "the engines": sorted(path.name[:12] for path in engines.glob("?" * 64)),
     }
 
 

@@ -15,16 +15,17 @@ from click.testing import CliRunner
 from safelight.cli import main
 from safelight.engine import auto
 from safelight.engine.auto import Choice, choose
-from safelight.engine.backends import open_backend
+from safelight.engine.backends import lanes_of, open_backend
 from safelight.engine.bundle import Bundle, open_bundle
 from safelight.engine.detect import Detector
 from safelight.engine.tune import CANDIDATES, compare, tune
-from safelight.engine.tuned import Tuned, read_tuned, this_machine, tuned_path, versions, write_tuned
+from safelight.engine.tuned import Trial, Tuned, read_tuned, this_machine, tuned_path, versions, write_tuned
 from safelight.errors import BackendUnavailable, BundleError
 from safelight.manifest import Manifest
 from safelight.models.shapes import BUNDLE_FOLDER
 
 PROMPTS = ("a red circle", "a yellow star")
+HERE = this_machine(open_bundle("shapes"))
 
 
 @pytest.fixture
@@ -33,8 +34,9 @@ def bundle(tmp_path: Path) -> Bundle:
 
 
 def measured(opened: Bundle, **changes: object) -> Tuned:
-    made = Tuned("openvino:bf16", opened.manifest.bundle_id, this_machine(), versions(), "onnxruntime", ())
-    return replace(made, **changes)
+    trial = Trial(str(changes.get("winner", "openvino:bf16")), "", 1.0, 2, 0, 16, 0, 1e-3)
+    about = (opened.manifest.bundle_id, this_machine(opened), versions(), "onnxruntime", (trial,))
+    return replace(Tuned(trial.backend, *about), **changes)
 
 
 def test_what_was_measured_is_taken_by_every_way_to_open(bundle: Bundle) -> None:
@@ -56,10 +58,10 @@ def test_the_file_lies_beside_the_bundle_which_stays_whole(bundle: Bundle) -> No
     ("changes", "named"),
     [
         ({"bundle": "0" * 16}, "the bundle is .*, measured was 0000"),
-        ({"machine": {**this_machine(), "the processor": "Z80"}}, "the processor is .*, measured was Z80"),
-        ({"machine": {**this_machine(), "its instructions": ["mmx"]}}, "its instructions is"),
-        ({"machine": {**this_machine(), "the number of cores": 4096}}, "the number of cores is .* was 4096"),
-        ({"machine": {**this_machine(), "the GPU": ["H100"]}}, "the GPU is"),
+        ({"machine": {**HERE, "the processor": "Z80"}}, "the processor is .*, measured was Z80"),
+        ({"machine": {**HERE, "its instructions": ["mmx"]}}, "its instructions is"),
+        ({"machine": {**HERE, "the number of cores": 4096}}, "the number of cores is .* was 4096"),
+        ({"machine": {**HERE, "the GPU": ["H100"]}}, "the GPU is"),
         ({"versions": {**versions(), "openvino": "2001.1"}}, "openvino is .*, measured was 2001.1"),
         ({"versions": {**versions(), "tensorrt": "1.0"}}, "tensorrt is not there, measured was 1.0"),
         ({"versions": {}}, "safelight is .*, measured was not there"),
@@ -79,6 +81,11 @@ def test_what_is_stale_is_ignored_and_one_line_says_why(bundle: Bundle, changes:
     [
         lambda values: values | {"winner": "os.system"},
         lambda values: values | {"winner": None},
+        lambda values: values | {"winner": "onnxruntime"},  # of which there is no trial
+        lambda values: values | {"trials": []},
+        lambda values: values | {"trials": [values["trials"][0] | {"excluded": "1 of 2 verdicts"}]},
+        lambda values: values | {"trials": [values["trials"][0] | {"verdicts_differ": 1}]},
+        lambda values: values | {"trials": [values["trials"][0] | {"p50_ms": None}]},
         lambda values: values | {"safelight_tuned": 2},
         lambda values: values | {"more": 1},
         lambda values: {},
@@ -153,6 +160,48 @@ def test_one_verdict_that_differs_excludes() -> None:
     assert compare("x", [star], [unsure], [1.0]).margin > 1e30
     moved = replace(clean, margins=tuple(tuple(m + 0.01 for m in row) for row in clean.margins))
     assert compare("x", [clean], [moved], [1.0]).margin == pytest.approx(0.01)
+
+
+def test_an_engine_that_was_built_since_was_not_measured(bundle: Bundle) -> None:
+    write_tuned(measured(bundle, winner="onnxruntime"), tuned_path(bundle))
+    assert choose(bundle).ignored == ""
+    (bundle.folder / "engines" / ("a" * 64)).mkdir(parents=True)
+    with pytest.warns(RuntimeWarning, match="the engines is .'aaaaaaaaaaaa'., measured was "):
+        choice = choose(bundle)
+    assert choice.why.endswith(f"once they are measured: safelight tune {bundle.folder}")
+
+
+def test_tune_with_threads_leaves_out_what_cannot_run(
+    bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither threads, which TensorRT does not take, nor an engine that is not trusted ends a measurement."""
+    _, tuned = tune(bundle, PROMPTS[:1], threads=1, repeats=1, candidates=("tensorrt",))
+    assert tuned.trials[1].excluded.startswith("tensorrt: ") and tuned.winner == "onnxruntime"
+
+    def distrusts(*arguments: object, **named: object) -> None:
+        raise BundleError("the signature is not this user's")
+
+    monkeypatch.setattr("safelight.engine.backends.tensorrt.open_backend", distrusts)
+    _, tuned = tune(bundle, PROMPTS[:1], threads=1, repeats=1, candidates=("tensorrt",))
+    assert "signature" in tuned.trials[1].excluded and tuned.winner == "onnxruntime"
+
+
+def test_auto_does_not_hand_threads_to_a_gpu(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    given: dict = {}
+    monkeypatch.setattr(
+        "safelight.engine.backends.tensorrt.open_backend", lambda opened, **named: given.update(named)
+    )
+    write_tuned(measured(bundle, winner="tensorrt"), tuned_path(bundle))
+    open_backend("auto", bundle, threads=2)
+    assert given == {"model": None, "threads": None}
+
+
+def test_small_is_what_the_lanes_call_small(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(auto, "gpus", lambda: ())
+    picture = replace(bundle.manifest.picture, latents=(4, 32, 32))
+    border = replace(bundle.manifest, picture=picture)
+    assert lanes_of(border, "detector", 2) == 2
+    assert choose(Bundle(bundle.folder, border)).backend == "onnxruntime"
 
 
 def test_tune_needs_a_prompt(bundle: Bundle) -> None:

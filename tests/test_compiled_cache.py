@@ -1,6 +1,8 @@
 """The cache of what runtimes compile: whole or not at all, one at a time, and no more than so many."""
 
 import os
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -68,3 +70,46 @@ def test_the_oldest_are_forgotten(home: Path, monkeypatch: pytest.MonkeyPatch) -
         os.utime(folder, (number, number))
     left = sorted(path.read_text() for path in cache_root().glob("a/*/blob"))
     assert left == ["2", "3"]
+
+
+@pytest.mark.parametrize("call", ["mkdir", "flock"])
+def test_a_disk_that_takes_nothing_is_no_cache(
+    home: Path, monkeypatch: pytest.MonkeyPatch, call: str
+) -> None:
+    def full(*arguments: object, **named: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    real = Path.mkdir
+
+    def mkdir(folder: Path, *arguments: object, **named: object) -> None:
+        full() if len(folder.name) == 32 else real(folder, *arguments, **named)
+
+    if call == "flock":
+        monkeypatch.setattr("fcntl.flock", full)
+    else:
+        monkeypatch.setattr(Path, "mkdir", mkdir)
+    with (
+        pytest.warns(RuntimeWarning, match="nothing that a compiles is kept.*No space left"),
+        compiled_cache("a", {"k": 1}) as folder,
+    ):
+        assert folder is None
+
+
+def test_where_there_are_no_locks_nothing_is_kept_and_all_else_works() -> None:
+    """The modules that `auto`, `doctor` and the openvino backend import need no system of a certain kind."""
+    code = """
+import sys, warnings
+sys.modules["fcntl"] = None
+import safelight.engine.auto, safelight.engine.tune
+from safelight.engine.backends import open_backend
+from safelight.engine.bundle import open_bundle
+from safelight.engine.compiled_cache import compiled_cache
+assert open_backend("auto", open_bundle("shapes"), threads=1)
+with warnings.catch_warnings(record=True) as said:
+    warnings.simplefilter("always")
+    with compiled_cache("a", {}) as folder:
+        print(folder, said[0].message)
+"""
+    done = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("None nothing that a compiles is kept") and "fcntl" in done.stdout

@@ -180,6 +180,33 @@ def test_one_probe_that_is_not_finite_is_enough(told: Any) -> None:
     assert verdict.blocked and verdict.reason == "non_finite" and verdict.score == 1 / 8
 
 
+@pytest.mark.parametrize("value", [NAN, math.inf, -math.inf, 0.5])
+def test_a_graph_whose_own_words_are_lost_still_blocks(value: float) -> None:
+    """A compiler may take NaN for impossible: then `finite` is true and `flagged` is false throughout."""
+    bundle = open_bundle("shapes")
+    real = open_backend("onnxruntime", bundle, threads=1)
+
+    class Compiled:
+        def stage(self, graph: str) -> Any:
+            stage = real.stage(graph)
+
+            def run(inputs: Any, **options: Any) -> Any:
+                found = dict(stage.run(inputs, **options))
+                found["margins"] = np.full_like(found["margins"], -0.5)
+                found["margins"][..., -1, 0] = value
+                return found | {
+                    "finite": np.ones_like(found["finite"]),
+                    "flagged": np.zeros_like(found["flagged"]),
+                }
+
+            about = {"spec": stage.spec, "device": stage.device, "lanes": 1, "close": stage.close}
+            return SimpleNamespace(plan=stage.plan, run=run, **about)
+
+    with Detector(bundle, Compiled(), probes(4, 0.25), early_exit=False) as detector:
+        verdict = detector.check("a", seed=1)
+    assert verdict.blocked and verdict.reason == ("concept" if value == 0.5 else "non_finite")
+
+
 # batches
 
 

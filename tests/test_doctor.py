@@ -1,6 +1,7 @@
 """The doctor tells what is usable, what is not, why, and what mends it; a crash in a library is a finding."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -75,6 +76,29 @@ def test_what_fails_is_named_with_its_remedy(code: str, detail: str) -> None:
 
 def test_a_part_of_the_lean_core_is_mended_by_itself() -> None:
     assert Probe("onnxruntime", "backend", "", None).remedy == "pip install --force-reinstall onnxruntime"
+
+
+def test_a_provider_that_crashes_is_not_mended_by_the_processors_package() -> None:
+    finding = try_probe(Probe("onnxruntime:cuda", "backend", "import os; os.abort()", None))
+    assert finding.detail == "killed by signal 6" and finding.remedy.startswith("nvidia-smi")
+
+
+def test_where_a_gpu_alone_is_missing_nothing_is_installed() -> None:
+    """TensorRT and CUDA's runtime are there, and the runtime finds no device."""
+    (probe,) = (probe for probe in PROBES if probe.name == "tensorrt")
+    fakes = """
+import safelight.engine.backends.tensorrt as backend, safelight.engine.cuda as cuda
+from types import SimpleNamespace
+class Call:
+    def __init__(self, answer): self.answer = answer
+    def __call__(self, *arguments): return self.answer
+backend._flavours = lambda: (SimpleNamespace(name="tensorrt-rtx", version="1.7", load=lambda: None),)
+cuda._load = lambda name: SimpleNamespace(
+    cudaGetDeviceCount=Call(100), cudaGetErrorString=Call(b"no CUDA-capable device is detected"))
+"""
+    finding = try_probe(replace(probe, code=fakes + probe.code))
+    assert finding.detail.startswith("tensorrt: no usable CUDA device (no CUDA-capable device is detected)")
+    assert finding.remedy == "nvidia-smi, and use a machine whose GPU and driver it shows"
 
 
 def test_every_extra_that_a_remedy_names_exists() -> None:

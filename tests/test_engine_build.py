@@ -273,6 +273,15 @@ def test_a_crash_of_the_compiler_is_a_sentence(
     assert not (bundle.folder / "engines").exists()
 
 
+def test_a_library_that_cannot_be_imported_says_so(bundle: Bundle) -> None:
+    broken = replace(choose_flavour(RTX), module="tensorrt_rtx_that_lacks_a_library")
+    with pytest.raises(
+        ExportError, match="cannot be imported .*tensorrt_rtx_that_lacks_a_library.*pip install"
+    ):
+        build(bundle, flavour=broken)
+    assert not (bundle.folder / "engines").exists()
+
+
 def test_unknown_targets_and_graphs_are_refused(shared: Bundle) -> None:
     flavour = choose_flavour(RTX)
     assert check_target("sm_89", flavour) == "sm_89"

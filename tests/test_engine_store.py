@@ -4,6 +4,7 @@ machine.
 
 import os
 import runpy
+import shlex
 import shutil
 import stat
 import subprocess
@@ -16,14 +17,25 @@ from pathlib import Path
 import pytest
 
 from safelight.engine.bundle import Bundle, open_bundle
-from safelight.engine.engines.find import find_engine
+from safelight.engine.engines.find import build_command, find_engine
 from safelight.engine.engines.fingerprint import Parts, graph_digest
 from safelight.engine.engines.flavour import Flavour
 from safelight.engine.engines.key import make_key, read_key, usual_key
 from safelight.engine.engines.lock import locked
 from safelight.engine.engines.profile import Bucket, Lengths, bucket_of
-from safelight.engine.engines.store import PLAN, RECORD, SIGNATURE, Record, digest_of, read_plan, write_entry
+from safelight.engine.engines.store import (
+    PLAN,
+    RECORD,
+    SIGNATURE,
+    Record,
+    digest_of,
+    read_plan,
+    read_timings,
+    seal_timings,
+    write_entry,
+)
 from safelight.errors import BackendUnavailable, BundleError, ShapeError
+from safelight.export.engines.profiles import profile
 
 HANDMADE = runpy.run_path(str(Path(__file__).with_name("handmade.py")))
 RTX = Flavour("tensorrt-rtx", "1.7.1", "tensorrt_rtx_bindings")
@@ -225,7 +237,7 @@ def test_an_engine_of_another_key_is_foreign(bundle: Bundle, tmp_path: Path) -> 
     make_key(tmp_path / "other.key")
     with pytest.raises(BundleError, match="signature is not this user's"):
         find(replace(bundle, engine_key=tmp_path / "other.key"))
-    with pytest.raises(BundleError, match=r"none\.key is missing"):
+    with pytest.raises(BundleError, match=r"none\.key is missing: .*; do: safelight build .*none\.key$"):
         find(replace(bundle, engine_key=tmp_path / "none.key"))
     assert not (tmp_path / "none.key").exists()  # whoever reads makes no key
 
@@ -336,6 +348,40 @@ def test_buckets() -> None:
     for axes in ({"batch": 9}, {"batch": 0}, {}, {"batch": 1, "probes": 1}):
         with pytest.raises(ShapeError, match=r"\(batch 1; batch 2 to 8\); rebuild: a command"):
             bucket_of(PROFILE, axes, remedy="a command")
+
+
+def test_what_is_outside_is_covered_by_the_batches_that_the_remedy_names() -> None:
+    """16 probes of 4 requests at once, where there is a bucket for 9 to 64 probes of one request."""
+    entry = open_bundle("shapes").manifest.graphs["detector"]
+    asked = {"requests": 4, "probes": 16}
+    with pytest.raises(ShapeError, match=r"rebuild: a command --batch [0-9,]+$") as caught:
+        bucket_of(profile(entry, (1, 8, 64)), asked, remedy="a command")
+    batches = tuple(int(part) for part in str(caught.value).rpartition(" ")[2].split(","))
+    assert batches == (1, 8, 16, 64)
+    assert bucket_of(profile(entry, batches), asked, remedy="x") == 2
+
+
+def test_the_command_that_builds_is_one_that_a_shell_takes(bundle: Bundle) -> None:
+    odd = replace(bundle, folder=Path("/my bundles/a;b"), engine_key=Path("/my keys/k"))
+    words = shlex.split(build_command(odd, "unet", "sm_89", "bf16"))
+    assert words[:3] == ["safelight", "build", "/my bundles/a;b"]
+    assert words[-4:] == ["--precision", "bf16", "--engine-key", "/my keys/k"]
+
+
+def test_timings_are_read_where_this_user_sealed_them(tmp_path: Path) -> None:
+    path, key = tmp_path / "timing.cache", b"k" * 32
+    assert read_timings(path, key) == b""
+    path.write_bytes(b"timings")
+    seal_timings(path, key)
+    assert path.stat().st_mode & 0o077 == 0 and read_timings(path, key) == b"timings"
+    assert read_timings(path, b"x" * 32) == b""  # of another user
+    flip(path)
+    assert read_timings(path, key) == b""
+    path.write_bytes(b"from a bundle that was unpacked")
+    assert read_timings(path, key) == b""
+    path.chmod(0o644)
+    with pytest.raises(BundleError, match="open to others"):
+        read_timings(path, key)
 
 
 def test_lengths_out_of_order_are_refused() -> None:

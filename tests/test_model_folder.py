@@ -69,6 +69,14 @@ def test_every_network_is_loaded_in_float32_for_inference(tiny_model):
     assert folder.config("scheduler")["_class_name"] == "DDIMScheduler"
 
 
+@pytest.mark.usefixtures("unread")
+@pytest.mark.parametrize("name", NETWORKS)
+def test_an_adapter_beside_the_weights_is_refused(model: Path, name: str) -> None:
+    """transformers would put it into the network unasked, and its weights are in no digest."""
+    (model / name / "adapter_config.json").write_text("{}")
+    refused(model, f"{name}/adapter_config.json", "--lora")
+
+
 def test_digests_name_every_weights_file(tiny_model):
     folder = ModelFolder.open(tiny_model)
     assert set(folder.digests()) == {*WEIGHTS.values(), f"{ONE_STEP}/{Path(UNET).name}"}

@@ -210,3 +210,11 @@ def test_a_folder_has_a_name_and_no_revision(tmp_path: Path) -> None:
     assert (found.path, found.name, found.revision) == (tmp_path / "mine", "mine", None)
     with pytest.raises(ValueError, match="is a folder and has no revisions; got 'main'"):
         locate_model(tmp_path / "mine", revision="main")
+
+
+@pytest.mark.parametrize(("name", "revision"), [(f"{NAME}@", None), (NAME, ""), (f"{NAME}@{OLD}", "")])
+def test_an_empty_revision_does_not_unpin(hub: type[Hub], name: str, revision: str | None) -> None:
+    """What a shell makes of a variable that is not set."""
+    with pytest.raises(ValueError, match="names an empty revision.*name a commit"):
+        locate_model(name, revision=revision)
+    assert hub.asked == []

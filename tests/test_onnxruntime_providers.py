@@ -119,7 +119,9 @@ def test_a_provider_that_does_not_start_is_named(small: Bundle, monkeypatch: pyt
 
     monkeypatch.setattr(sessions.ort, "get_available_providers", lambda: [CUDA, CPU])
     monkeypatch.setattr(sessions.ort, "InferenceSession", fails)
-    with pytest.raises(BackendUnavailable, match="could not be started .*libcudnn.so.9.*doctor"):
+    with pytest.raises(
+        BackendUnavailable, match="could not be started .*libcudnn.so.9.*; do: nvidia-smi, .*onnxruntime-gpu"
+    ):
         open_backend("onnxruntime:cuda", small).stage("detector")
 
 
@@ -215,3 +217,9 @@ def test_a_file_that_is_no_graph_is_the_bundles_fault(tmp_path: Path) -> None:
     (tmp_path / "model.onnx").write_bytes(b"\x08\x0a")
     with pytest.raises(BundleError, match="cannot be opened by ONNX Runtime"):
         open_session(tmp_path / "model.onnx", PROVIDERS[""], ort.SessionOptions(), backend="onnxruntime")
+
+
+@pytest.mark.parametrize("variant", ["cuda", "cuda-graph"])
+def test_float32_is_float32_on_cuda(variant: str) -> None:
+    """`auto` takes the provider without a proof that it agrees; its own default is TF32."""
+    assert sessions.PROVIDERS[variant].settings["use_tf32"] == "0"

@@ -375,3 +375,29 @@ def test_a_disk_that_takes_no_more_changes_no_margin(home: Path, limit: int) -> 
         margin, said = done.stdout.split()
         assert float(margin) == pytest.approx(float(expected), abs=1e-5)
         assert int(said) == (size == limit)
+
+
+def test_a_request_that_is_broken_off_is_idle_before_its_arrays_are_anyone_elses() -> None:
+    class Request:
+        """Is interrupted while it runs."""
+
+        def __init__(self) -> None:
+            self.calls: list[str] = []
+
+        def start_async(self) -> None:
+            self.calls.append("start")
+
+        def wait_for(self, _: int) -> bool:
+            raise KeyboardInterrupt
+
+        def cancel(self) -> None:
+            self.calls.append("cancel")
+
+        def wait(self) -> None:
+            self.calls.append("wait")
+            raise RuntimeError("cancelled")
+
+    request = Request()
+    with pytest.raises(KeyboardInterrupt):
+        ov_backend._finish(request, time.monotonic() + 60)
+    assert request.calls == ["start", "cancel", "wait"]

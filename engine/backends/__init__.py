@@ -97,6 +97,7 @@ def open_backend(
     """
     if name == AUTO:
         name = import_module("safelight.engine.auto").choose(bundle).backend
+        threads = None if name == "tensorrt" else threads  # of a processor, which was not chosen
     if name not in BACKENDS:
         raise ValueError(f"backend must be {AUTO!r} or one of {BACKENDS}; got {name!r}")
     if threads is not None and threads < 1:

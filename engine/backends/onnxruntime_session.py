@@ -40,7 +40,11 @@ class Provider:
 
 
 _GPU = "'onnxruntime-gpu[cuda,cudnn]'"
-_CUDA = {"cudnn_conv_algo_search": "HEURISTIC", "prefer_nhwc": "1"}
+_CUDA = {  # ONNX Runtime's default is TF32, a mantissa of ten bits, and `auto` takes float32 on trust
+    "cudnn_conv_algo_search": "HEURISTIC",
+    "prefer_nhwc": "1",
+    "use_tf32": "0",
+}
 PROVIDERS = {  # variant of the backend -> provider
     "": Provider(CPU, "cpu", "onnxruntime"),
     "cuda": Provider("CUDAExecutionProvider", "cuda", _GPU, _CUDA),
@@ -76,13 +80,18 @@ def open_session(path: Path, provider: Provider, options: Any, *, backend: str) 
     except Exception as fault:  # ONNX Runtime's own exceptions share no base class
         if provider.name != CPU:
             raise BackendUnavailable(
-                f"{backend}: {provider.name} could not be started ({fault}); see `safelight doctor`"
+                f"{backend}: {provider.name} could not be started ({fault}); {_mended(provider)}"
             ) from fault
         raise BundleError(
             f"{path} cannot be opened by ONNX Runtime ({fault}); export the bundle again"
         ) from fault
     _check_provider(session, provider, backend, said)
     return session
+
+
+def _mended(provider: Provider) -> str:
+    """What mends a provider that is installed and does not start."""
+    return f"do: nvidia-smi, to see that there is a GPU and its driver; then pip install -U {provider.needs}"
 
 
 def _devices(provider: Provider, backend: str) -> list[Any]:
@@ -119,7 +128,7 @@ def _check_provider(session: Any, provider: Provider, backend: str, said: list[A
         reason = "; ".join(str(item.message).splitlines()[0] for item in said) or "no reason given"
         raise BackendUnavailable(
             f"{backend}: asked for {provider.name}, the session runs on {found} ({reason}); "
-            "see `safelight doctor`"
+            f"{_mended(provider)}"
         )
     if provider.name == CPU:
         return

@@ -9,7 +9,7 @@ import threading
 import time
 import warnings
 from collections.abc import Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
@@ -113,6 +113,8 @@ def _finish(request: Any, deadline: float | None) -> None:
         done = request.wait_for(int(min(left_ms, LONGEST_MS)))
     except BaseException:
         request.cancel()
+        with suppress(RuntimeError):  # that it was cancelled
+            request.wait()
         raise
     if done:
         request.wait()  # raises what the run raised
@@ -199,7 +201,8 @@ def _check_device(compiled: Any, precision: str) -> None:
     """Raises BackendUnavailable where the graph was put elsewhere, or computes otherwise, than was asked."""
     if (found := _where(compiled)) != (["CPU"], precision):
         raise BackendUnavailable(
-            f"openvino: asked for {precision} on CPU, the graph runs in {found[1]} on {found[0]}; see doctor"
+            f"openvino: asked for {precision} on CPU, the graph runs in {found[1]} on {found[0]}; "
+            "see `safelight doctor`"
         )
 
 

@@ -1,5 +1,6 @@
 """Which engine of a bundle runs a graph on this machine, or in one line why none does. Opens no engine."""
 
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,13 +29,17 @@ def find_engine(bundle: Bundle, graph: str, *, flavours: tuple[Flavour, ...], ta
     BundleError where what lies there cannot be trusted; both with the command that builds one.
     """
     key_file, engines = bundle.engine_key or usual_key(), engines_folder(bundle.folder)
-    build = build_command(bundle.folder, graph, target)
+    build = build_command(bundle, graph, target)
     if not engines.is_dir():
         raise BackendUnavailable(f"tensorrt: no engine of {graph} was built for {bundle.folder}; do: {build}")
+    try:
+        key = read_key(key_file)
+    except BundleError as fault:
+        raise BundleError(f"tensorrt: {fault}; do: {build}") from None
     usable: list[Found] = []
     stale: list[tuple[Parts, list[str]]] = []
     distrusted: list[BundleError] = []
-    for folder, record in read_records(engines, read_key(key_file)):
+    for folder, record in read_records(engines, key):
         if isinstance(record, BundleError):
             distrusted.append(record)
             continue
@@ -44,7 +49,7 @@ def find_engine(bundle: Bundle, graph: str, *, flavours: tuple[Flavour, ...], ta
         for flavour in flavours:
             wrong = here(bundle.manifest, graph, flavour, target).differences(record.parts)
             if not wrong:
-                remedy = build_command(bundle.folder, graph, target, record.parts.precision)
+                remedy = build_command(bundle, graph, target, record.parts.precision)
                 usable.append(Found(folder, record, flavour, remedy))
             differing.append(wrong)
         stale.append((record.parts, min(differing, key=len)))
@@ -55,14 +60,18 @@ def find_engine(bundle: Bundle, graph: str, *, flavours: tuple[Flavour, ...], ta
         raise BackendUnavailable(
             f"tensorrt: the engine {parts.fingerprint[:12]} of {graph} is stale: it differs in "
             f"{', '.join(wrong)}; "
-            f"do: {build_command(bundle.folder, graph, target, parts.precision)}"
+            f"do: {build_command(bundle, graph, target, parts.precision)}"
         )
     if distrusted:
         raise BundleError(f"tensorrt: {distrusted[0]}; do: {build}")
     raise BackendUnavailable(f"tensorrt: no engine of {graph} was built for {bundle.folder}; do: {build}")
 
 
-def build_command(bundle: Path, graph: str, target: str, precision: str | None = None) -> str:
-    """What a user types to build an engine."""
-    chosen = f" --precision {precision}" if precision else ""
-    return f"safelight build {bundle} --backend tensorrt --target {target} --graph {graph}{chosen}"
+def build_command(bundle: Bundle, graph: str, target: str, precision: str | None = None) -> str:
+    """What a user types to build an engine, as a shell takes it."""
+    words = [str(bundle.folder), "--backend", "tensorrt", "--target", target, "--graph", graph]
+    if precision:
+        words += ["--precision", precision]
+    if bundle.engine_key is not None:
+        words += ["--engine-key", str(bundle.engine_key)]
+    return f"safelight build {shlex.join(words)}"

@@ -23,7 +23,7 @@ def usual_key() -> Path:
 def read_key(path: Path) -> bytes:
     """The key. Raises BundleError where there is none, or others can read it."""
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     except FileNotFoundError:
         raise BundleError(
             f"{path} is missing: no engine was built by this user, and no other engine is loaded; build one "

@@ -61,4 +61,16 @@ def bucket_of(buckets: tuple[Bucket, ...], axes: Mapping[str, int], *, remedy: s
             return number
     asked = ", ".join(f"{name} {length}" for name, length in axes.items())
     covered = "; ".join(str(bucket) for bucket in buckets)
-    raise ShapeError(f"{asked or 'no lengths'}: outside the engine's profile ({covered}); rebuild: {remedy}")
+    raise ShapeError(
+        f"{asked or 'no lengths'}: outside the engine's profile ({covered}); rebuild: {remedy}"
+        f"{_batch_option(buckets, axes)}"
+    )
+
+
+def _batch_option(buckets: tuple[Bucket, ...], axes: Mapping[str, int]) -> str:
+    """What makes a build cover these lengths too; a batch counts all rows but a detector's requests."""
+    if axes.keys() != buckets[0].axes.keys() or min(axes.values()) < 1:
+        return ""
+    spans = [axes, *({name: span.most for name, span in bucket.axes.items()} for bucket in buckets)]
+    rows = {length for lengths in spans for name, length in lengths.items() if name != "requests"}
+    return f" --batch {','.join(map(str, sorted(rows | {math.prod(axes.values())})))}"

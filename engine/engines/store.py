@@ -23,7 +23,11 @@ from safelight.plain import from_plain, to_plain
 
 PLAN, RECORD, SIGNATURE = "engine.plan", "engine.json", "signature"
 FORMAT = 1
-_PURPOSE = b"safelight engine 1\n"  # so that a signature is worth nothing elsewhere
+_ENGINE, _TIMINGS = (
+    b"safelight engine 1\n",
+    b"safelight timings 1\n",
+)  # a signature is worth nothing elsewhere
+_MOST_TIMINGS = 256 << 20
 _NAME = re.compile(r"[0-9a-f]{64}")
 _CHUNK = 16 << 20
 
@@ -54,7 +58,27 @@ def engines_folder(bundle: Path) -> Path:
 
 def sign(key: bytes, record: bytes) -> str:
     """HMAC-SHA256 over the bytes of `engine.json`, which name the engine's own digest."""
-    return hmac.new(key, _PURPOSE + record, hashlib.sha256).hexdigest()
+    return hmac.new(key, _ENGINE + record, hashlib.sha256).hexdigest()
+
+
+def seal_timings(path: Path, key: bytes) -> None:
+    """Put this user's signature before the timings in a file, which becomes private."""
+    data = path.read_bytes()
+    path.unlink()
+    with open(path, "wb", opener=_private) as file:
+        file.write(hmac.digest(key, _TIMINGS + data, "sha256") + data)
+
+
+def read_timings(path: Path, key: bytes) -> bytes:
+    """The timings that this user's key has sealed; none where there are none, or others made them, since
+    TensorRT's own code reads them. Raises BundleError where the file is not private.
+    """
+    if not path.exists():
+        return b""
+    data = _read(path, _MOST_TIMINGS)
+    signature, timings = data[:32], data[32:]
+    good = hmac.compare_digest(signature, hmac.digest(key, _TIMINGS + timings, "sha256"))
+    return timings if good else b""
 
 
 def write_entry(folder: Path, record: Record, key: bytes) -> None:

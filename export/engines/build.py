@@ -8,7 +8,6 @@ touches, and gets its name last. What a killed builder left there is removed by 
 import errno
 import json
 import os
-import shutil
 import subprocess
 import sys
 import time
@@ -34,7 +33,9 @@ from safelight.engine.engines.store import (
     put_in_place,
     read_plan,
     read_record,
+    read_timings,
     remove,
+    seal_timings,
     write_entry,
 )
 from safelight.errors import BackendUnavailable, BundleError, ExportError, SafelightError
@@ -123,7 +124,7 @@ def build_engine(
             remove(partial)
             partial.mkdir(mode=0o700)
             try:
-                record = _fill(bundle, partial, parts, flavour=flavour, held=held, progress=progress)
+                record = _fill(bundle, partial, parts, flavour=flavour, key=key, held=held, progress=progress)
                 write_entry(partial, record, key)
                 put_in_place(partial, folder)
             finally:
@@ -144,7 +145,14 @@ def _present(folder: Path, key: bytes) -> Record | None:
 
 
 def _fill(
-    bundle: Bundle, partial: Path, parts: Parts, *, flavour: Flavour, held: int, progress: Progress
+    bundle: Bundle,
+    partial: Path,
+    parts: Parts,
+    *,
+    flavour: Flavour,
+    key: bytes,
+    held: int,
+    progress: Progress,
 ) -> Record:
     """Make the plan, and nothing else, in `partial`; returns its record."""
     onnx, agreed = bundle.graph(parts.graph), None
@@ -154,9 +162,8 @@ def _fill(
     entry = bundle.manifest.graphs[parts.graph]
     timing = f"{parts.flavour}-{parts.version}-{parts.target}.cache"
     known, fresh = engines_folder(bundle.folder) / "timing" / timing, partial / "timing.cache"
-    if known.exists():
-        check_private(known, folder=False)
-        shutil.copy(known, fresh)  # its mode too: an open one would not be read again
+    if timings := read_timings(known, key):
+        fresh.write_bytes(timings)
     job = Job(
         module=flavour.module,
         graph=parts.graph,
@@ -176,6 +183,7 @@ def _fill(
     done = _compile(job, held, progress)
     if fresh.exists():
         known.parent.mkdir(mode=0o700, exist_ok=True)
+        seal_timings(fresh, key)
         fresh.replace(known)
     for name in ("model.onnx", "model.onnx_data"):
         (partial / name).unlink(missing_ok=True)

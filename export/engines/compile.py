@@ -19,6 +19,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from safelight.engine.engines.flavour import REMEDY
 from safelight.errors import ExportError
 from safelight.plain import from_plain, to_plain
 
@@ -214,6 +215,9 @@ def main() -> int:
         return 1
     except ExportError as fault:
         say({"error": str(fault)})
+        return 1
+    except ImportError as fault:
+        say({"error": f"TensorRT cannot be imported ({fault}); do: {REMEDY}"})
         return 1
     spent = {"build_s": time.monotonic() - start, "cpu_s": time.process_time()}
     say(spent | {"peak_bytes": peak_bytes()})
