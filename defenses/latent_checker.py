@@ -259,6 +259,6 @@ def _plain(config: Config) -> dict[str, Any]:
 
 def _rounded(network: nn.Module, folder: ModelFolder) -> nn.Module:
     """The network with its weights as the folder will store them, in float32 again."""
-    with safe_open((folder.weights(PART) or folder.weights("unet"))[0], "pt") as weights:
+    with safe_open(folder.weights(PART if folder.has(PART) else "unet")[0], "pt") as weights:
         dtype = weights.get_tensor(next(iter(weights.keys()))).dtype
     return nn.Module.to(nn.Module.to(network, dtype), torch.float32)

@@ -198,7 +198,7 @@ class TrainingModel:
         with new_folder(out) as partial:
             shutil.copytree(self.folder.path, partial, ignore=left_out, dirs_exist_ok=True)
             for name, network in networks.items():
-                stored = self.folder.weights(name) or self.folder.weights("unet")
+                stored = self.folder.weights(name if self.folder.has(name) else "unet")
                 shutil.rmtree(partial / name, ignore_errors=True)
                 _save_network(network, partial / name, stored[0])
             records = read_record(self.folder.path)
