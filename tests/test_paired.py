@@ -14,7 +14,7 @@ from diffusers import StableDiffusionXLPipeline
 from diffusers.schedulers import EulerDiscreteScheduler
 
 from safelight.defenses.training_model import TrainingModel
-from safelight.engine.backends import BACKENDS, open_backend
+from safelight.engine.backends import open_backend
 from safelight.engine.bundle import Bundle, open_bundle
 from safelight.engine.detect import Detector
 from safelight.engine.eager import load_graph
@@ -33,6 +33,11 @@ from safelight.probe import ProbeConfig
 
 PROMPTS = ["a red star", "", "hello! a circle?! on a square", "a " * 60, "<|endoftext|> a star"]
 WINDOW, WIDTHS, POOLED = 32, (64, 96), 80
+RUNS = (
+    "onnxruntime",
+    "openvino",
+    "torch",
+)  # in float32, wherever these tests run; the last is the definition
 CLOSE = 3e-3  # two runtimes give margins that differ by less, as in the detector's own tests
 
 
@@ -182,22 +187,23 @@ def test_backends_agree_on_verdicts(bundle: Bundle, paired_model: Path) -> None:
     for kind, steps in (("spherical", 1), ("circular", 1), ("token_shift", 1), ("spherical", 2)):
         probe = ProbeConfig(kind=kind, count=5, angle_rad=0.6, threshold=0.4)
         seen = []
-        for name in BACKENDS:
+        for name in RUNS:
             model = paired_model if name == "torch" else None
             with Detector(
                 bundle, open_backend(name, bundle, model=model), probe, steps=steps, early_exit=False
             ) as detector:
                 seen.append(detector.check(PROMPTS[2], seed=11))
-        first, second = seen
-        assert first.probes == second.probes == 5 and first.reason == second.reason
-        np.testing.assert_allclose(first.margins, second.margins, atol=CLOSE)
-        spread = np.ptp(np.asarray(first.margins), axis=0).max()
+        *others, eager = seen
+        for found in others:
+            assert found.probes == eager.probes == 5 and found.reason == eager.reason
+            np.testing.assert_allclose(found.margins, eager.margins, atol=CLOSE)
+        spread = np.ptp(np.asarray(eager.margins), axis=0).max()
         assert spread > 1e-3, "the probes do not differ"
 
 
-def test_a_generation_is_the_same_on_both_backends(paired_bundle: Path, paired_model: Path) -> None:
+def test_a_generation_is_the_same_on_all_backends(paired_bundle: Path, paired_model: Path) -> None:
     made = []
-    for name in BACKENDS:
+    for name in RUNS:
         model = paired_model if name == "torch" else None
         backend = open_backend(name, open_bundle(paired_bundle), model=model)
         probe = ProbeConfig(count=2, threshold=1.0)
@@ -210,7 +216,8 @@ def test_a_generation_is_the_same_on_both_backends(paired_bundle: Path, paired_m
             picture, _ = generator._draw(PROMPTS[0], 5, Trajectory(3, 4.0, "euler"), None)
             made.append(picture)
     assert np.ptp(made[0]) > 0.05
-    np.testing.assert_allclose(made[0], made[1], atol=1e-4)
+    for picture in made[:-1]:
+        np.testing.assert_allclose(picture, made[-1], atol=1e-4)
 
 
 def test_the_pooled_embedding_turns_as_one_token_more(bundle: Bundle) -> None:

@@ -86,7 +86,9 @@ def recipes() -> dict[str, Training]:
         "sdd_two": Training(
             "sdd",
             concepts=(*STARS, *hearts),
-            settings=_SDD | {"prompts": both, "keep": clean_forms(RESTRICTED, "heart")},
+            settings=_SDD
+            | {"prompts": both, "keep": clean_forms(RESTRICTED, "heart")}
+            | {"keep_weight": 0.5, "lr": 4e-3, "steps": 1600},
         ),
         "safe_cfg_two": Training(
             "safe_cfg",
