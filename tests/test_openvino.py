@@ -2,7 +2,10 @@
 and never stale.
 """
 
+import ctypes
+import os
 import runpy
+import signal
 import subprocess
 import sys
 import threading
@@ -401,3 +404,25 @@ def test_a_request_that_is_broken_off_is_idle_before_its_arrays_are_anyone_elses
     with pytest.raises(KeyboardInterrupt):
         ov_backend._finish(request, time.monotonic() + 60)
     assert request.calls == ["start", "cancel", "wait"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="signal stacks are looked at on Linux alone")
+def test_ctrl_c_is_an_exception_after_what_was_compiled_is_gone(small: Bundle) -> None:
+    def signal_stack() -> bytes:
+        held = (ctypes.c_ubyte * 24)()
+        assert ctypes.CDLL(None).sigaltstack(None, held) == 0
+        return bytes(held)
+
+    before = signal_stack()
+    stage = open_backend("openvino", small, threads=1).stage("detector")
+    stage.plan(n=2)
+    stage.run(add(2, 1))
+    assert signal_stack() == before
+    stage.close()
+    usual = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(1)
+    finally:
+        signal.signal(signal.SIGINT, usual)
