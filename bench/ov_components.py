@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from safelight.engine.bundle import Bundle
 from safelight.engine.neighbourhood import Neighbourhood, Request
+from safelight.engine.signal_stack import own_signal_stack
 from safelight.engine.tokenizer import PromptTokenizer
 from safelight.errors import SafelightError
 from safelight.kernels import host
@@ -34,10 +35,11 @@ class OvComponents:
                 "the one-step UNet of this bundle is in no component graph; take another bundle"
             )
         core = ov.Core()
-        self._parts = {
-            part: core.compile_model(bundle.graph(part), "CPU", {"PERFORMANCE_HINT": "LATENCY"})
-            for part in PARTS
-        }
+        with own_signal_stack():
+            self._parts = {
+                part: core.compile_model(bundle.graph(part), "CPU", {"PERFORMANCE_HINT": "LATENCY"})
+                for part in PARTS
+            }
         self._manifest = manifest
         self._ids, _ = PromptTokenizer(bundle.folder / "tokenizer", manifest.tokens).encode(prompt)
         width = int(manifest.graphs["text_encoder"].outputs[0].axes[-1])

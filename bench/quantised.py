@@ -18,6 +18,7 @@ from safelight.engine.backends import Array, Stage, open_backend
 from safelight.engine.backends.openvino import OvStage
 from safelight.engine.bundle import Bundle
 from safelight.engine.detect import Detector
+from safelight.engine.signal_stack import own_signal_stack
 from safelight.manifest import GraphEntry
 
 PARTS = ("text_encoder", "unet", "vae", "checker")  # as the weights of the graph are named
@@ -77,7 +78,10 @@ def quantise(path: Path, samples: Sequence[Mapping[str, Array]], parts: Sequence
     model = ov.Core().read_model(path)
     heavy = (op for op in model.get_ordered_ops() if op.get_type_name() in ("Convolution", "MatMul"))
     left = [op.get_friendly_name() for op in heavy if _part(op) not in parts]
-    with contextlib.redirect_stdout(io.StringIO()):  # progress bars, which cannot be turned off
+    with (
+        own_signal_stack(),
+        contextlib.redirect_stdout(io.StringIO()),
+    ):  # progress bars, which cannot be turned off
         return nncf.quantize(
             model,
             nncf.Dataset(samples),
@@ -108,4 +112,6 @@ def _part(op: Any) -> str:
 def stage_of(model: Any, spec: GraphEntry, precision: str, threads: int) -> Stage:
     """A quantised graph as a stage; what is not int8 computes in `precision`, `f32` or `bf16`."""
     settings = {"INFERENCE_PRECISION_HINT": precision, "INFERENCE_NUM_THREADS": threads, "NUM_STREAMS": 1}
-    return OvStage(ov.Core().compile_model(model, "CPU", settings), spec, 1)
+    with own_signal_stack():
+        compiled = ov.Core().compile_model(model, "CPU", settings)
+    return OvStage(compiled, spec, 1)

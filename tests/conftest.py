@@ -5,6 +5,7 @@ interpreted where there is no GPU.
 import json
 import os
 import shutil
+import sys
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import fields, is_dataclass, replace
@@ -14,6 +15,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+
+from safelight.engine.signal_stack import SignalStack
 
 torch.set_num_threads(1)
 if not torch.cuda.is_available():
@@ -197,3 +200,17 @@ def paired_bundle(paired_model: Path, tmp_path_factory: pytest.TempPathFactory) 
     bundle = tmp_path_factory.mktemp("bundles") / "paired"
     export_bundle(paired_model, bundle)
     return bundle
+
+
+@pytest.fixture(scope="session")
+def first_signal_stack() -> SignalStack | None:
+    """The signal stack that the tests began with."""
+    return SignalStack.read() if sys.platform == "linux" else None
+
+
+@pytest.fixture(autouse=True)
+def signal_stack(first_signal_stack: SignalStack | None) -> Iterator[None]:
+    """Whatever a library leaves in its place, the next test's signals find the first one again."""
+    yield
+    if first_signal_stack is not None:
+        first_signal_stack.put_back()

@@ -5,13 +5,11 @@ cancelled between two operators by OpenVINO itself. `openvino` computes in float
 the large graphs in bfloat16 where the processor has it.
 """
 
-import ctypes
-import sys
 import threading
 import time
 import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Mapping
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +20,7 @@ from safelight.engine.backends import Array, Stage, axes_of, key_of, lanes_of, s
 from safelight.engine.bundle import Bundle
 from safelight.engine.compiled_cache import compiled_cache
 from safelight.engine.doctor import cores, cpu_flags, cpu_name
+from safelight.engine.signal_stack import own_signal_stack
 from safelight.errors import BackendUnavailable, BundleError, ShapeError
 from safelight.manifest import GraphEntry
 
@@ -151,7 +150,7 @@ class OvBackend:
             "NUM_STREAMS": lanes,
             "ENABLE_CPU_PINNING": False,  # a detector's and a generator's threads would sit on one core
         }
-        with _own_signal_stack():
+        with own_signal_stack():
             compiled = self._compile(self._bundle.graph(graph), spec, settings)
         _check_device(compiled, precision)
         return OvStage(compiled, spec, lanes)
@@ -192,31 +191,6 @@ class OvBackend:
             ov.save_model(self._core.read_model(path), own, compress_to_fp16=False)
         cached = {"CACHE_DIR": str(folder), "CACHE_MODE": "OPTIMIZE_SIZE"}
         return self._core.compile_model(own, "CPU", settings | cached)
-
-
-@contextmanager
-def _own_signal_stack() -> Iterator[None]:
-    """Keep the thread's alternate signal stack, on Linux.
-
-    Compiling puts one of OpenVINO's own in its place, which is freed with the compiled graph; Python's
-    handlers run on it, so a Ctrl-C later on would end the process by a segmentation fault.
-    """
-    if sys.platform != "linux":
-        yield
-        return
-    library, held = ctypes.CDLL(None, use_errno=True), _SignalStack()
-    if library.sigaltstack(None, ctypes.byref(held)):
-        raise OSError(ctypes.get_errno(), "the signal stack cannot be read")
-    try:
-        yield
-    finally:
-        library.sigaltstack(ctypes.byref(held), None)
-
-
-class _SignalStack(ctypes.Structure):
-    """Linux' `stack_t`."""
-
-    _fields_ = (("place", ctypes.c_void_p), ("flags", ctypes.c_int), ("size", ctypes.c_size_t))
 
 
 def _where(compiled: Any) -> tuple[list[str], str]:
