@@ -19,7 +19,7 @@ from onnx import TensorProto, helper
 from safetensors.torch import load_file, save_file
 
 from safelight.engine.backends import BACKENDS, Stage, open_backend
-from safelight.engine.backends import onnxruntime as ort_backend
+from safelight.engine.backends.host_outputs import PLANS
 from safelight.engine.bundle import Bundle, open_bundle
 from safelight.errors import BackendUnavailable, BundleError, ShapeError
 from safelight.manifest import GRAPHS, GraphEntry, Manifest, TensorSpec
@@ -232,7 +232,7 @@ def test_onnx_runtime_is_stopped_in_the_middle_and_runs_again(tmp_path: Path) ->
 
 def test_plans_beyond_the_limit_are_forgotten_oldest_first(small: Bundle) -> None:
     stage = open_backend("onnxruntime", small).stage("detector")
-    for rows in range(1, ort_backend.PLANS + 2):
+    for rows in range(1, PLANS + 2):
         stage.plan(n=rows)
     with pytest.raises(ShapeError, match="not planned"):
         stage.run(add(1))

@@ -5,24 +5,21 @@ Outputs are bound to arrays that `plan` allocates, so that `run` allocates none.
 stopped between two operators by ONNX Runtime itself.
 """
 
-import threading
 from collections.abc import Mapping
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnxruntime as ort
 
-from safelight.engine.backends import Array, Stage, axes_of, key_of, lanes_of, shape_of
+from safelight.engine.backends import Array, Stage, axes_of, lanes_of
+from safelight.engine.backends.host_outputs import HostOutputs
 from safelight.engine.backends.onnxruntime_device import DeviceStage, run_until
 from safelight.engine.backends.onnxruntime_session import CPU, PROVIDERS, Provider, open_session
 from safelight.engine.bundle import Bundle
 from safelight.engine.doctor import cores
-from safelight.errors import BundleError, ShapeError
+from safelight.errors import BundleError
 from safelight.manifest import GraphEntry
-
-PLANS = 16  # sets of output arrays that a stage keeps
 
 
 class OrtStage:
@@ -31,9 +28,7 @@ class OrtStage:
     def __init__(self, session: Any, spec: GraphEntry, lanes: int = 1) -> None:
         self._spec = spec
         self._session = session
-        self._plans: dict[tuple[tuple[str, int], ...], list[dict[str, Array]]] = {}
-        self._planning = threading.Lock()
-        self._turns = [threading.Lock() for _ in range(lanes)]
+        self._outputs = HostOutputs(spec, lanes)
 
     @property
     def spec(self) -> GraphEntry:
@@ -48,34 +43,17 @@ class OrtStage:
     @property
     def lanes(self) -> int:
         """See `Stage`."""
-        return len(self._turns)
+        return self._outputs.lanes
 
     def plan(self, **axes: int) -> None:
         """See `Stage`."""
-        with self._planning:
-            key = key_of(axes)
-            if key in self._plans:
-                return
-            if len(self._plans) >= PLANS:
-                del self._plans[next(iter(self._plans))]
-            shapes = {item.name: (shape_of(item, axes), item.dtype) for item in self._spec.outputs}
-            self._plans[key] = [
-                {name: np.empty(shape, dtype=dtype) for name, (shape, dtype) in shapes.items()}
-                for _ in self._turns
-            ]
+        self._outputs.plan(axes)
 
     def run(
         self, inputs: Mapping[str, Array], *, deadline: float | None = None, lane: int = 0
     ) -> dict[str, Array]:
         """See `Stage`."""
-        axes = axes_of(self._spec, inputs)
-        with self._turns[lane]:
-            planned = self._plans.get(key_of(axes))
-            if planned is None:
-                raise ShapeError(
-                    f"{self._spec.path}: {axes} is not planned; call plan with these lengths first"
-                )
-            outputs = planned[lane]
+        with self._outputs.turn(axes_of(self._spec, inputs), lane) as outputs:
             binding = self._session.io_binding()
             for name, value in inputs.items():
                 binding.bind_cpu_input(name, np.asarray(value, order="C"))
@@ -89,11 +67,8 @@ class OrtStage:
 
     def close(self) -> None:
         """See `Stage`."""
-        with self._planning, ExitStack() as turns:
-            for turn in self._turns:
-                turns.enter_context(turn)
+        with self._outputs.closing():
             self._session = None
-            self._plans.clear()
 
 
 class OrtBackend:

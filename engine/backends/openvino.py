@@ -5,29 +5,28 @@ cancelled between two operators by OpenVINO itself. `openvino` computes in float
 the large graphs in bfloat16 where the processor has it.
 """
 
-import threading
 import time
 import warnings
 from collections.abc import Mapping
-from contextlib import ExitStack, suppress
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import openvino as ov
 
-from safelight.engine.backends import Array, Stage, axes_of, key_of, lanes_of, shape_of
+from safelight.engine.backends import Array, Stage, axes_of, lanes_of
+from safelight.engine.backends.host_outputs import HostOutputs
 from safelight.engine.bundle import Bundle
 from safelight.engine.compiled_cache import compiled_cache
 from safelight.engine.doctor import cores, cpu_flags, cpu_name
 from safelight.engine.signal_stack import own_signal_stack
-from safelight.errors import BackendUnavailable, BundleError, ShapeError
+from safelight.errors import BackendUnavailable, BundleError
 from safelight.manifest import GraphEntry
 
 # Graphs that bfloat16 may run: many probes vote on what these show. Where one look decides, and in the small
 # graphs, which cost little, the computation stays in float32.
 REDUCED = frozenset({"detector", "detector_latent", "unet", "vae_decoder"})
-PLANS = 16  # sets of output arrays that a stage keeps
 LONGEST_MS = 2**31 - 1
 
 
@@ -38,9 +37,7 @@ class OvStage:
         self._spec = spec
         self._compiled = compiled
         self._requests = [compiled.create_infer_request() for _ in range(lanes)]
-        self._plans: dict[tuple[tuple[str, int], ...], list[dict[str, Array]]] = {}
-        self._planning = threading.Lock()
-        self._turns = [threading.Lock() for _ in range(lanes)]
+        self._outputs = HostOutputs(spec, lanes)
         devices, precision = _where(compiled)
         self._device = f"openvino {' '.join(devices)} {precision}"
 
@@ -57,34 +54,18 @@ class OvStage:
     @property
     def lanes(self) -> int:
         """See `Stage`."""
-        return len(self._turns)
+        return self._outputs.lanes
 
     def plan(self, **axes: int) -> None:
         """See `Stage`. The graph takes all lengths, so only arrays are made."""
-        with self._planning:
-            key = key_of(axes)
-            if key in self._plans:
-                return
-            if len(self._plans) >= PLANS:
-                del self._plans[next(iter(self._plans))]
-            shapes = {item.name: (shape_of(item, axes), item.dtype) for item in self._spec.outputs}
-            self._plans[key] = [
-                {name: np.empty(shape, dtype=dtype) for name, (shape, dtype) in shapes.items()}
-                for _ in self._turns
-            ]
+        self._outputs.plan(axes)
 
     def run(
         self, inputs: Mapping[str, Array], *, deadline: float | None = None, lane: int = 0
     ) -> dict[str, Array]:
         """See `Stage`."""
-        axes = axes_of(self._spec, inputs)
-        with self._turns[lane]:
-            planned = self._plans.get(key_of(axes))
-            if planned is None:
-                raise ShapeError(
-                    f"{self._spec.path}: {axes} is not planned; call plan with these lengths first"
-                )
-            request, outputs = self._requests[lane], planned[lane]
+        with self._outputs.turn(axes_of(self._spec, inputs), lane) as outputs:
+            request = self._requests[lane]
             bound = {name: np.require(value, requirements=("C", "W")) for name, value in inputs.items()}
             for name, value in (*bound.items(), *outputs.items()):
                 request.set_tensor(name, ov.Tensor(value, shared_memory=True))
@@ -93,11 +74,8 @@ class OvStage:
 
     def close(self) -> None:
         """See `Stage`."""
-        with self._planning, ExitStack() as turns:
-            for turn in self._turns:
-                turns.enter_context(turn)
+        with self._outputs.closing():
             self._requests, self._compiled = [], None
-            self._plans.clear()
 
 
 def _finish(request: Any, deadline: float | None) -> None:
