@@ -4,6 +4,7 @@ interpreted where there is no GPU.
 
 import json
 import os
+import runpy
 import shutil
 import sys
 import warnings
@@ -16,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 
+from safelight.engine.bundle import Bundle, open_bundle
 from safelight.engine.signal_stack import SignalStack
 
 torch.set_num_threads(1)
@@ -214,3 +216,30 @@ def signal_stack(first_signal_stack: SignalStack | None) -> Iterator[None]:
     yield
     if first_signal_stack is not None:
         first_signal_stack.put_back()
+
+
+@pytest.fixture(scope="session")
+def two_kernels(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Compiles the kernels of two_kernels.py for targets; returns the folder."""
+    from safelight.kernels.ahead.build import build
+
+    def made(*targets: str) -> Path:
+        folder = tmp_path_factory.mktemp("kernels")
+        (folder / "sources").mkdir()
+        shutil.copy(Path(__file__).with_name("two_kernels.py"), folder / "sources")
+        with pytest.MonkeyPatch.context() as patch:
+            path = [str(folder / "sources"), *filter(None, [os.environ.get("PYTHONPATH")])]
+            patch.setenv("PYTHONPATH", os.pathsep.join(path))
+            build(folder / "built", targets=targets, source="two_kernels:kernels")
+        return folder / "built"
+
+    return made
+
+
+@pytest.fixture
+def own_engines(tmp_path: Path) -> Bundle:
+    """A small bundle, with an engine key of its own."""
+    folder = tmp_path / "bundle"
+    folder.mkdir()
+    runpy.run_path(str(Path(__file__).with_name("handmade.py")))["build"](folder)
+    return open_bundle(folder, engine_key=tmp_path / "engine.key")

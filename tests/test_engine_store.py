@@ -43,12 +43,8 @@ PROFILE = (Bucket({"batch": Lengths(1, 1, 1)}), Bucket({"batch": Lengths(2, 8, 8
 
 
 @pytest.fixture
-def bundle(tmp_path: Path) -> Bundle:
-    """A small bundle, with a key of its own."""
-    folder = tmp_path / "bundle"
-    folder.mkdir()
-    HANDMADE["build"](folder)
-    return open_bundle(folder, engine_key=tmp_path / "engine.key")
+def bundle(own_engines: Bundle) -> Bundle:
+    return own_engines
 
 
 def put(bundle: Bundle, plan: bytes = b"an engine", *, built_at: float = 1.0, **other: object) -> Path:

@@ -5,7 +5,6 @@ Against a driver that needs no GPU and writes down its calls; results on a GPU: 
 
 import ctypes
 import json
-import os
 import shutil
 import struct
 import subprocess
@@ -18,7 +17,6 @@ from types import SimpleNamespace
 import pytest
 
 from safelight.errors import BackendUnavailable, SafelightError
-from safelight.kernels.ahead.build import build
 from safelight.kernels.ahead.driver import Driver
 from safelight.kernels.ahead.launcher import KernelLibrary
 from safelight.kernels.ahead.manifest import MANIFEST, KernelManifest
@@ -30,16 +28,9 @@ needs_compiler = pytest.mark.skipif(COMPILER is None, reason="no C compiler here
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def folder(two_kernels: Callable[..., Path]) -> Path:
     """The test's kernels for sm_80 and sm_90."""
-    made = tmp_path_factory.mktemp("kernels")
-    (made / "sources").mkdir()
-    shutil.copy(ROOT / "tests/two_kernels.py", made / "sources")
-    with pytest.MonkeyPatch.context() as patch:
-        path = [str(made / "sources"), *filter(None, [os.environ.get("PYTHONPATH")])]
-        patch.setenv("PYTHONPATH", os.pathsep.join(path))
-        build(made / "built", targets=("sm_80", "sm_90"), source="two_kernels:kernels")
-    return made / "built"
+    return two_kernels("sm_80", "sm_90")
 
 
 class Stub:

@@ -1,7 +1,6 @@
 """On a GPU: kernels compiled ahead of time give the reference's results, in graphs too; nothing compiles."""
 
-import os
-import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -28,16 +27,9 @@ def target() -> str:
 
 
 @pytest.fixture(scope="module")
-def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def two(two_kernels: Callable[..., Path]) -> Path:
     """The test's own kernels for this GPU."""
-    made = tmp_path_factory.mktemp("kernels")
-    (made / "sources").mkdir()
-    shutil.copy(ROOT / "tests/two_kernels.py", made / "sources")
-    with pytest.MonkeyPatch.context() as patch:
-        path = [str(made / "sources"), *filter(None, [os.environ.get("PYTHONPATH")])]
-        patch.setenv("PYTHONPATH", os.pathsep.join(path))
-        build(made / "built", targets=(target(),), source="two_kernels:kernels")
-    return made / "built"
+    return two_kernels(target())
 
 
 @pytest.fixture(scope="module")

@@ -39,11 +39,8 @@ def has_gpu() -> bool:
 
 
 @pytest.fixture
-def bundle(tmp_path: Path) -> Bundle:
-    folder = tmp_path / "bundle"
-    folder.mkdir()
-    HANDMADE["build"](folder)
-    return open_bundle(folder, engine_key=tmp_path / "engine.key")
+def bundle(own_engines: Bundle) -> Bundle:
+    return own_engines
 
 
 def put(bundle: Bundle, plan: bytes, flavour: Flavour = FAKED[0]) -> Path:
