@@ -79,7 +79,8 @@ def _rows(name: str, record: Record, shape: str) -> list[Row]:
             unit=unit,
             refcheck=REFCHECK if record.agreement is not None else "none: float32, the bundle's own graph",
             refcheck_error=record.agreement or 0.0,
-            command="safelight bench engines",
+            command=f"safelight bench engines --graph {parts.graph} --target {parts.target} "
+            f"--precision {parts.precision}",
         )
 
     return [
