@@ -7,13 +7,12 @@ timed. `--rehearse` does all of it at tiny sizes, on whatever there is, and writ
 """
 
 import argparse
-import csv
 import os
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,7 @@ import torch
 from safelight.bench.bare_bundle import bare_bundle
 from safelight.bench.gpu_models import SEED, TinyDecoder, model_folder
 from safelight.bench.gpu_peers import Peer, probes_of
-from safelight.bench.gpu_rows import Gpu, _cell
+from safelight.bench.gpu_rows import Gpu, write
 from safelight.bench.gpu_stages import staged, waterfall
 from safelight.bench.rows import Row, percentiles
 from safelight.engine.bundle import Bundle
@@ -213,17 +212,6 @@ def _rows(plan: Plan, stage: str, made: Sequence[Contender], shape: str) -> Iter
         )
 
 
-def write(path: Path, gpu: Gpu, rows: Sequence[Row]) -> None:
-    """The rows as CSV, in place of an older run on the same GPU."""
-    columns = [item.name for kind in (Gpu, Row) for item in fields(kind)]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(columns)
-        for row in rows:
-            writer.writerow([_cell(getattr(gpu if hasattr(gpu, name) else row, name)) for name in columns])
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure, or rehearse."""
     parser = argparse.ArgumentParser(prog=COMMAND, description=__doc__)
@@ -242,6 +230,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _measure(plan: Plan, work: Path, scratch: Path, given: argparse.Namespace) -> int:
+    """All parts asked for. What is measured is kept after each, since a step of `make gpu` may be cut
+    off.
+    """
     runner = open_runner(plan.device)
     torch.backends.cudnn.allow_tf32 = False  # the float32 that all are compared with is float32
     rows: list[Row] = []
@@ -252,31 +243,42 @@ def _measure(plan: Plan, work: Path, scratch: Path, given: argparse.Namespace) -
         bundle = bare_bundle(model, scratch / "detect")
         if given.only != "stages":
             rows += detection(plan, bundle, model, runner)
+            _keep(plan, given.out, rows)
         if given.only != "detect":
             parts = staged(
                 runner, bundle, model, precision=plan.precision, probes=plan.probes, peak=plan.peak
             )
+            _keep_stages(plan, given.out, parts)
     if given.only in (None, "generate"):
         model = model_folder(plan.generate, work)
         rows += generation(plan, bare_bundle(model, scratch / "generate"), model, runner)
+        _keep(plan, given.out, rows)
+    if plan is REHEARSAL:
+        print("rehearsal: no figures")
+    else:
+        print(f"safelight: {len(rows)} rows in {given.out}", file=sys.stderr)
+    return 0
+
+
+def _keep(plan: Plan, out: Path, rows: Sequence[Row]) -> None:
+    """Print the rows and, but for a rehearsal, write them."""
     for row in rows:
         x = "" if row.x_diffusers is None else f"{row.x_diffusers:6.2f} x plain diffusers"
         print(f"{row.stage:9}{row.provider:72}{row.p50_ms:10.2f} ms {x}   error {row.refcheck_error:.1e}")
+    if plan is not REHEARSAL:
+        gpu = Gpu.here()
+        write(out / f"{gpu.slug}-detect.csv", gpu, rows)
+
+
+def _keep_stages(plan: Plan, out: Path, parts: dict[str, list[tuple[str, float, float]]]) -> None:
+    """Print every stage beside its floor and, but for a rehearsal, draw them."""
     for variant, found in parts.items():
         for name, took, floor in found:
             print(f"{variant:16}{name:16}{took:10.3f} ms   floor {floor:8.3f} ms")
-    if plan is REHEARSAL:
-        print("rehearsal: no figures")
-        return 0
-    gpu = Gpu.here()
-    if rows:
-        write(given.out / f"{gpu.slug}-detect.csv", gpu, rows)
-    if parts:
-        waterfall(
-            parts, given.out / f"{gpu.slug}-waterfall.png", f"{plan.detect}, {plan.probes} probes, {gpu.gpu}"
-        )
-    print(f"safelight: {len(rows)} rows in {given.out}", file=sys.stderr)
-    return 0
+    if plan is not REHEARSAL:
+        gpu = Gpu.here()
+        title = f"{plan.detect}, {plan.probes} probes, {gpu.gpu}"
+        waterfall(parts, out / f"{gpu.slug}-waterfall.png", title)
 
 
 if __name__ == "__main__":

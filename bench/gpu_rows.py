@@ -9,7 +9,7 @@ import math
 import platform
 import re
 import subprocess
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from datetime import UTC, datetime
 from pathlib import Path
@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from safelight.bench.rows import installed
+from safelight.bench.rows import Row, cell, installed
 from safelight.provenance import commit
 
 UNKNOWN = "unknown"
@@ -102,20 +102,19 @@ class KernelRow:
             raise ValueError(f"{self.operation}: provider, refcheck and command must be named")
 
 
-COLUMNS = (*(item.name for item in fields(Gpu)), *(item.name for item in fields(KernelRow)))
+def columns(kind: type) -> tuple[str, ...]:
+    """Those of a file of rows of this kind."""
+    return tuple(item.name for part in (Gpu, kind) for item in fields(part))
 
 
-def write(path: Path, gpu: Gpu, rows: Iterable[KernelRow]) -> None:
-    """The rows as CSV, in place of an older run on the same GPU."""
+def write(path: Path, gpu: Gpu, rows: Sequence[KernelRow] | Sequence[Row]) -> None:
+    """Rows of one kind as CSV, in place of an older run on the same GPU. Raises ValueError for none."""
+    if not rows:
+        raise ValueError(f"{path}: nothing was measured, so nothing is written")
+    names = columns(type(rows[0]))
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(COLUMNS)
+        writer.writerow(names)
         for row in rows:
-            writer.writerow([_cell(getattr(gpu if hasattr(gpu, name) else row, name)) for name in COLUMNS])
-
-
-def _cell(value: Any) -> str:
-    if value is None:
-        return ""
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+            writer.writerow([cell(getattr(gpu if hasattr(gpu, name) else row, name)) for name in names])

@@ -213,7 +213,7 @@ def staged(
         backend = GraphBackend(bundle, kind.open(model), placement, runner)
         chosen = torch.backends.cudnn.flags(enabled=True, benchmark=True) if on_gpu else nullcontext()
         with torch.inference_mode(), chosen:
-            parts = stages(backend._screening(latent=latent), probes=probes)
+            parts = stages(backend.screening(latent=latent), probes=probes)
             found[name] = [(part.name, _ms(part.call, on_gpu), part.floor_ms(flops, copy)) for part in parts]
     return found
 

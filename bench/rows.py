@@ -125,14 +125,15 @@ def append(path: Path, machine: Machine, rows: Iterable[Row]) -> None:
         if fresh:
             writer.writerow(COLUMNS)
         for row in rows:
-            writer.writerow([_cell(_value(machine, row, name)) for name in COLUMNS])
+            writer.writerow([cell(_value(machine, row, name)) for name in COLUMNS])
 
 
 def _value(machine: Machine, row: Row, name: str) -> Any:
     return getattr(machine if name in Machine.__dataclass_fields__ else row, name)
 
 
-def _cell(value: Any) -> str:
+def cell(value: Any) -> str:
+    """A value as it stands in a file: nothing for None, four digits of a float."""
     if value is None:
         return ""
     return f"{value:.4g}" if isinstance(value, float) else str(value)

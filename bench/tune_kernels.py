@@ -24,10 +24,10 @@ REQUESTS, PROBES, TOKENS, WIDTH, LATENTS = 1, 8, 77, 1024, (4, 64, 64)
 
 def cases(device: str, dtype: torch.dtype) -> Iterator[tuple[str, int, list[Setting], Call]]:
     """Each kernel: its name, the size of its rows, the settings to try, and a call that launches it."""
-    from safelight.kernels.dispatch import _load
+    from safelight.kernels.dispatch import load
 
-    bodies = {name: _load(name, "triton") for name in ("probe_rotate", "probe_latents", "guidance_step")}
-    bodies |= {name: _load(name, "triton") for name in ("latent_to_x0", "clip_input", "concept_vote")}
+    bodies = {name: load(name, "triton") for name in ("probe_rotate", "probe_latents", "guidance_step")}
+    bodies |= {name: load(name, "triton") for name in ("latent_to_x0", "clip_input", "concept_vote")}
     seeds, angle = (
         torch.zeros(REQUESTS, dtype=torch.int64, device=device),
         torch.ones(REQUESTS, device=device),

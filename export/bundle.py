@@ -75,10 +75,19 @@ def export_bundle(
     if precision not in PRECISIONS:
         raise ValueError(f"precision must be one of {PRECISIONS}; got {precision!r}")
     folder = ModelFolder.open(model, variant)
-    scale, source = _guidance_scale(folder, guidance_scale), _source(folder, name, revision)
+    source = _source(folder, name, revision)
     with new_folder(bundle) as partial:
-        draft = _write(
-            folder, partial, precision=precision, guidance_scale=scale, source=source, progress=progress
+
+        def write(graph: str, sizes: Sizes) -> GraphEntry:
+            progress(f"{graph}: tracing")
+            entry = _write_graph(folder, partial, graph, sizes=sizes, half=precision == "fp16-weights")
+            gc.collect()  # the tracer leaves cycles that hold the weights
+            size = sum((partial / part).stat().st_size for part in (entry.path, *entry.external))
+            progress(f"{graph}: {size / 1e6:.1f} MB")
+            return entry
+
+        draft = draft_manifest(
+            folder, partial, write, precision=precision, guidance_scale=guidance_scale, source=source
         )
         rows = []
         for row in compare(Bundle(partial, draft), folder):
@@ -90,28 +99,26 @@ def export_bundle(
     return manifest
 
 
-def _write(
+def draft_manifest(
     folder: ModelFolder,
     partial: Path,
+    write: Callable[[str, Sizes], GraphEntry],
     *,
     precision: str,
-    guidance_scale: float,
+    guidance_scale: float | None,
     source: Source,
-    progress: Progress,
 ) -> Manifest:
-    """Write every graph and configuration into `partial`; returns the manifest, not verified yet."""
+    """Copy the configurations into `partial` and have `write(name, sizes)` put every graph there; returns the
+    manifest of what then lies there, not verified yet.
+
+    `guidance_scale` and the errors raised are those of `export_bundle`.
+    """
+    scale = _guidance_scale(folder, guidance_scale)
     _copy_configurations(folder, partial)
     tokens, second = _tokens(folder, partial)
     sizes = Sizes.read(folder, tokens.window)
-    checker, one_step = _checker(folder, sizes), folder.one_step()
-    names, done = (*GRAPHS, *optional_graphs(folder, sizes)), defences(folder)
-    graphs = {}
-    for name in names:
-        progress(f"{name}: tracing")
-        graphs[name] = _write_graph(folder, partial, name, sizes=sizes, half=precision == "fp16-weights")
-        gc.collect()  # the tracer leaves cycles that hold the weights
-        size = sum((partial / part).stat().st_size for part in (graphs[name].path, *graphs[name].external))
-        progress(f"{name}: {size / 1e6:.1f} MB")
+    checker, one_step, done = _checker(folder, sizes), folder.one_step(), defences(folder)
+    graphs = {name: write(name, sizes) for name in (*GRAPHS, *optional_graphs(folder, sizes))}
     return Manifest(
         files={name: _entry(partial / name) for name in list_files(partial)},
         graphs=graphs,
@@ -123,7 +130,7 @@ def _write(
         tokens=tokens,
         picture=Picture(sizes.picture, sizes.latents, folder.scaling_factor()),
         checker=checker,
-        guidance_scale=guidance_scale,
+        guidance_scale=scale,
         distilled=folder.has_one_step or _is_turbo(folder),
         defences=done,
         second_text=second,

@@ -58,11 +58,12 @@ def body(operation: str, tensor: Tensor) -> Callable[..., Any]:
     backend = _asked.get() or ("triton" if tensor.device.type == "cuda" else "reference")
     if backend == "triton" and (fault := _triton_fault(tensor)):
         raise BackendUnavailable(f"triton: {operation} {fault}; available: reference")
-    return _load(operation, backend)
+    return load(operation, backend)
 
 
 @cache
-def _load(operation: str, backend: str) -> Callable[..., Any]:
+def load(operation: str, backend: str) -> Callable[..., Any]:
+    """The body in the table, imported at its first use."""
     loaded: Callable[..., Any] = getattr(import_module(TABLE[operation, backend]), operation)
     return loaded
 
@@ -71,7 +72,7 @@ def _triton_fault(tensor: Tensor) -> str | None:
     """Why Triton's bodies cannot take this tensor, or None."""
     if not _installed():
         return "needs Triton, which is not installed (pip install 'safelight[kernels]')"
-    if tensor.device.type == "cuda" or _interpreted():
+    if tensor.device.type == "cuda" or interpreted():
         return None
     return (
         f"needs a CUDA device, and its tensors are on {tensor.device.type}; move them, or set "
@@ -85,7 +86,7 @@ def _installed() -> bool:
 
 
 @cache
-def _interpreted() -> bool:
+def interpreted() -> bool:
     """Whether Triton's functions are interpreted, which is settled when they are defined."""
     from safelight.kernels.triton import kernels
 

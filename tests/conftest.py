@@ -130,11 +130,11 @@ def guarded_bundle(tiny_bundle: Path, guarded_model: Path, tmp_path_factory: pyt
 def triton_device(request: pytest.FixtureRequest) -> str:
     """Where Triton's functions run: `cpu` by the interpreter, or `cuda` compiled."""
     pytest.importorskip("triton", reason="the kernels need Triton, which is not installed")
-    from safelight.kernels.dispatch import _interpreted
+    from safelight.kernels.dispatch import interpreted
 
-    if (request.param == "interpreted") != _interpreted():
-        pytest.skip(f"Triton is {'' if _interpreted() else 'not '}interpreted here; TRITON_INTERPRET decides")
-    return "cpu" if _interpreted() else "cuda"
+    if (request.param == "interpreted") != interpreted():
+        pytest.skip(f"Triton is {'' if interpreted() else 'not '}interpreted here; TRITON_INTERPRET decides")
+    return "cpu" if interpreted() else "cuda"
 
 
 @pytest.fixture

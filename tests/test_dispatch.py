@@ -31,19 +31,19 @@ def test_the_table_holds_every_operation_for_every_backend_with_one_signature() 
     for name in OPERATIONS:
         wanted = inspect.signature(getattr(fused, name))
         assert inspect.signature(getattr(ops, name)) == wanted
-        assert dispatch._load(name, "reference") is getattr(fused, name)
+        assert dispatch.load(name, "reference") is getattr(fused, name)
 
 
 @WITH_TRITON
 @pytest.mark.parametrize("name", OPERATIONS)
 def test_triton_s_body_has_the_definition_s_signature(name: str) -> None:
-    assert inspect.signature(dispatch._load(name, "triton")) == inspect.signature(getattr(fused, name))
+    assert inspect.signature(dispatch.load(name, "triton")) == inspect.signature(getattr(fused, name))
 
 
 def test_the_default_follows_the_device_and_a_name_is_obeyed(monkeypatch: pytest.MonkeyPatch) -> None:
     called = []
-    monkeypatch.setattr(dispatch, "_load", lambda name, backend: lambda *_, **__: called.append(backend))
-    monkeypatch.setattr(dispatch, "_interpreted", lambda: True)
+    monkeypatch.setattr(dispatch, "load", lambda name, backend: lambda *_, **__: called.append(backend))
+    monkeypatch.setattr(dispatch, "interpreted", lambda: True)
     monkeypatch.setattr(dispatch, "_installed", lambda: True)
     x0(torch.zeros(1, 1, 4))
     x0(torch.zeros(1, 1, 4, device="meta"))
@@ -67,7 +67,7 @@ def test_what_cannot_be_met_is_refused_and_nothing_else_is_tried(
     monkeypatch: pytest.MonkeyPatch, installed: bool, interpreted: bool, named: str
 ) -> None:
     monkeypatch.setattr(dispatch, "_installed", lambda: installed)
-    monkeypatch.setattr(dispatch, "_interpreted", lambda: interpreted)
+    monkeypatch.setattr(dispatch, "interpreted", lambda: interpreted)
     with (
         use_backend("triton"),
         pytest.raises(BackendUnavailable, match=f"triton: latent_to_x0 {named}.*available: reference"),
@@ -168,7 +168,7 @@ def test_every_call_that_is_served_has_a_variant_and_the_grid_of_its_rule(
         started.append((kernel.name, variant.name))
 
     with use_runner(run):
-        dispatch._load(operation, "triton")(**served(dtype)[operation])
+        dispatch.load(operation, "triton")(**served(dtype)[operation])
     expected = {
         "probe_rotate": ["probe_rotate"],
         "probe_latents": ["probe_rotate"],
@@ -218,4 +218,4 @@ def test_a_call_that_nothing_was_built_for_is_refused() -> None:
         use_runner(lambda *_: pytest.fail("it was started")),
         pytest.raises(BackendUnavailable, match="latent_to_x0: no variant was built ahead of time for"),
     ):
-        dispatch._load("latent_to_x0", "triton")(**call)
+        dispatch.load("latent_to_x0", "triton")(**call)

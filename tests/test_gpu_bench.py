@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from safelight.bench.gpu_detect import GPU, REHEARSAL, main, write
-from safelight.bench.gpu_rows import Gpu
+from safelight.bench.gpu_detect import GPU, REHEARSAL, main
+from safelight.bench.gpu_rows import Gpu, write
 from safelight.bench.gpu_stages import Stage, matrix_peak, waterfall
 from safelight.bench.rows import Row
 

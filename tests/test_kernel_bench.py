@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from safelight.bench.gpu_rows import COLUMNS, Gpu, KernelRow, write
+from safelight.bench.gpu_rows import Gpu, KernelRow, columns, write
 from safelight.bench.kernel_case import difference
 from safelight.bench.rows import percentiles
 
@@ -93,7 +93,7 @@ def test_rows_name_the_gpu_and_replace_an_older_run(tmp_path: Path) -> None:
     assert path.name == "h100-80gb-hbm3-kernels.csv"
     with path.open(newline="") as lines:
         rows = list(csv.DictReader(lines))
-    assert len(rows) == 2 and tuple(rows[0]) == COLUMNS
+    assert len(rows) == 2 and tuple(rows[0]) == columns(KernelRow)
     assert (rows[0]["gpu"], rows[0]["shape"], rows[0]["pct_of_copy"]) == ("NVIDIA H100 80GB HBM3", "a, b", "")
     assert (rows[0]["p50_us"], rows[0]["x_eager"], rows[0]["commit"]) == ("2.5", "8", "0123abc")
 

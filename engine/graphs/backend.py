@@ -50,7 +50,7 @@ class GraphBackend:
         if spec is None:
             raise BundleError(f"{self._bundle.folder} has no {graph}; export a bundle that holds it")
         if graph in ("detector", "detector_latent"):
-            screening = self._screening(latent=graph == "detector_latent")
+            screening = self.screening(latent=graph == "detector_latent")
             kept = detector_kept(screening)
             return GraphStage(spec, self._runner, screening.take, label=self.label, kept=kept)
         module = load_graph(self._folder, graph).to(self._runner.device)
@@ -61,7 +61,7 @@ class GraphBackend:
         with both in a cascade.
         """
         model = OneLaunchModel(
-            self._screening(latent=latent), self._runner, self._bundle.manifest, config, label=self.label
+            self.screening(latent=latent), self._runner, self._bundle.manifest, config, label=self.label
         )
         if band is None:
             return model
@@ -71,7 +71,8 @@ class GraphBackend:
         """The full model, a step a launch."""
         return GraphSampler(self, self._bundle.manifest, load_graph(self._folder, "unet"), self._runner)
 
-    def _screening(self, *, latent: bool) -> Screening:
+    def screening(self, *, latent: bool) -> Screening:
+        """The bodies from tokens to the result block, by the image checker or the latent one."""
         if not latent:
             return self._pictures()
         detector = load_latent_detector(self._folder).to(self._runner.device)
