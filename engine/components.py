@@ -97,22 +97,14 @@ class ConceptChecker(nn.Module):
         return embeds
 
     def margins(self, image_embeds: Tensor) -> Tensor:
-        """image_embeds (N, D) -> margins (N, C); NaN where a special-care concept cannot be compared.
-
-        A NaN there would otherwise only fail to raise the margins, since no comparison with it holds.
-        """
-        found = concept_margins(
+        """image_embeds (N, D) -> margins (N, C), by `reference.concept_margins`."""
+        return concept_margins(
             image_embeds,
             self.concept_embeds,
             self.concept_embeds_weights,
             self.special_care_embeds,
             self.special_care_embeds_weights,
         )
-        known = (
-            torch.isfinite(self.special_care_embeds).all()
-            & torch.isfinite(self.special_care_embeds_weights).all()
-        )
-        return torch.where(known, found, torch.full_like(found[:1, :1], torch.nan))
 
 
 class SafetyChecker(nn.Module):

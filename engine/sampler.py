@@ -168,6 +168,8 @@ class Sampler:
         x0: Any = np.zeros_like(x)
         inputs: dict[str, Any] = {"encoder_hidden_states": np.concatenate(texts)}
         distances = [np.zeros(count, dtype=np.float32)] if guidance is None else []
+        amounts = {} if guidance is None else {"strength": guidance.strength, "threshold": guidance.limit}
+        full = {name: np.full(count, value, np.float32) for name, value in amounts.items()}
         for timestep, row in zip(table.timesteps, table.coefficients, strict=True):
             inputs["sample"] = row[0] * np.concatenate([x] * len(texts))
             inputs["timestep"] = np.asarray(timestep)
@@ -175,8 +177,6 @@ class Sampler:
             *negatives, conditional = out.reshape(len(texts), count, *x.shape[1:])
             negative = negatives[0] if branches else conditional
             if guidance is not None:
-                amounts = {"strength": guidance.strength, "threshold": guidance.limit}
-                full = {name: np.full(count, value, np.float32) for name, value in amounts.items()}
                 negative, distance = host.safe_branch(*negatives, **full)
                 distances.append(distance)
             x, x0 = host.guidance_step(x, negative, conditional, x0, scale=scale, coefficients=row)

@@ -225,10 +225,6 @@ def concept_vote(
 ) -> Tensor:
     """The checker's margins (`reference.concept_margins`) of image_embeds (R, P, D), and `margin_vote` on
     them.
-
-    Margins are NaN where a special-care concept cannot be compared: a NaN there would only fail to raise
-    them, since no comparison with it holds. So they are where the square of an embedding's norm passes
-    float32, for its cosines would all be 0.
     """
     margins = reference.concept_margins(
         image_embeds.flatten(0, 1),
@@ -237,10 +233,7 @@ def concept_vote(
         concepts.special_embeds,
         concepts.special_thresholds,
     )
-    known = torch.isfinite(concepts.special_embeds).all() & torch.isfinite(concepts.special_thresholds).all()
-    known = known & torch.isfinite(image_embeds.float().square().sum(-1, keepdim=True))
-    margins = torch.where(known, margins.view(*image_embeds.shape[:2], -1), torch.nan)
-    return margin_vote(margins, finite, need, out=out)
+    return margin_vote(margins.view(*image_embeds.shape[:2], -1), finite, need, out=out)
 
 
 def split_block(block: Tensor, probes: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:

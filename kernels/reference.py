@@ -199,20 +199,27 @@ def concept_margins(
     special_embeds: Tensor,
     special_thresholds: Tensor,
 ) -> Tensor:
-    """Cosine minus threshold per concept, float32 (N, C); > 0 means present.
+    """Cosine minus threshold per concept, float32 (N, C); > 0 means present, NaN that nothing can be said.
 
     image_embeds (N, D), concept_embeds (C, D), thresholds (C,), special_embeds (S, D), special_thresholds
     (S,). Once a special-care concept is present, 0.01 is added to every concept's margin.
 
     diffusers' checker has two bodies of this rule that differ; its `forward_onnx` is the definition here. The
     other, `forward`, rounds to three decimals first and so lets margins in (0, 0.0005] pass.
+
+    All margins are NaN where a special-care concept or its threshold is not finite: it would only fail to
+    raise them, since no comparison with NaN holds. Those of an image are NaN where the square of its
+    embedding's norm passes float32: its cosines would all be 0, and it would pass.
     """
     embeds = torch.nn.functional.normalize(image_embeds.float(), dim=-1)
     special = (
         embeds @ torch.nn.functional.normalize(special_embeds.float(), dim=-1).T - special_thresholds.float()
     )
     margins = embeds @ torch.nn.functional.normalize(concept_embeds.float(), dim=-1).T - thresholds.float()
-    return margins + SPECIAL_CARE * (special > 0).any(-1, keepdim=True).float()
+    margins = margins + SPECIAL_CARE * (special > 0).any(-1, keepdim=True).float()
+    known = torch.isfinite(special_embeds).all() & torch.isfinite(special_thresholds).all()
+    known = known & torch.isfinite(image_embeds.float().square().sum(-1, keepdim=True))
+    return torch.where(known, margins, torch.full_like(margins[:1, :1], torch.nan))
 
 
 def vote(margins: Tensor, finite: Tensor, need: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:

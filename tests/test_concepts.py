@@ -121,3 +121,16 @@ def test_the_vote_is_the_count(hits, need):
     _, _, score, blocked = votes(margins, [[True] * len(hits)], [need])
     assert bool(blocked) == (sum(hits) >= need)
     assert float(score) == pytest.approx(sum(hits) / len(hits), abs=1e-6)
+
+
+def test_an_embedding_too_large_to_compare_is_not_called_safe() -> None:
+    """Its norm passes float32, so every cosine would be 0; the other rows keep their margins."""
+    concepts, limits = torch.eye(2, 3), torch.tensor([0.5, 0.5])
+    embeds = torch.tensor([[1.0, 0.0, 0.0], [3e19, 0.0, 0.0], [0.0, 0.0, 2.0]])
+    found = reference.concept_margins(embeds, concepts, limits, concepts, limits)
+    assert torch.isnan(found[1]).all() and torch.isfinite(found[[0, 2]]).all()
+    flagged, finite, _, blocked = reference.vote(
+        found[:, None], torch.ones(3, 1, dtype=torch.bool), torch.ones(3, dtype=torch.int64)
+    )
+    assert flagged[:, 0].tolist() == [True, True, False] and finite[:, 0].tolist() == [True, False, True]
+    assert blocked.tolist() == [True, True, False]
