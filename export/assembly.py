@@ -3,7 +3,8 @@
 What is not changed is linked, not copied. Networks that were made for what is changed are left out, since
 they would answer for a model that is gone: the one-step student and the redirector of a model that takes a
 LoRA (a detector must be able to draw what it looks for, so such a bundle probes with the full model), and the
-latent checker of another model, decoder or checker. Whether the result is a model is `ModelFolder`'s work.
+latent checker of another model, decoder or checker. A model that takes a LoRA claims no defence any more.
+Whether the result is a model is `ModelFolder`'s work.
 """
 
 import json
@@ -25,11 +26,12 @@ from safelight.engine.model_folder import INDEX, NETWORKS, ONE_STEP, SECOND_TEXT
 from safelight.engine.model_source import CHECKER, PIPELINE, ModelSource
 from safelight.engine.weight_files import find_weights
 from safelight.errors import BundleError
+from safelight.export.guards import RECORD as DEFENCES
+from safelight.export.guards import defences
 from safelight.export.lora import Lora, fold, plain_state
 from safelight.new_folder import new_folder
 
 RECORD = "assembly.json"
-_KEPT = ("defences.json",)
 _SETTINGS = (".json", ".txt")
 _CHECKER_INDEX = {
     "safety_checker": ["stable_diffusion", "StableDiffusionSafetyChecker"],
@@ -121,12 +123,15 @@ def _assemble(source: ModelSource, changes: Changes, target: Path) -> None:
         if part not in gone:
             own = place.parent == source.path and part in (*NETWORKS, SECOND_TEXT)
             _link_part(place, target / part, changes.variant if own else None)
-    for name in _KEPT:
-        if (source.path / name).is_file():
-            shutil.copyfile(source.path / name, target / name)
     (target / INDEX).write_text(json.dumps(index, indent=2), encoding="utf-8")
+    if (source.path / DEFENCES).is_file():
+        shutil.copyfile(source.path / DEFENCES, target / DEFENCES)
     if changes.loras:
-        lines += _fold(ModelFolder.open(target), changes.loras)
+        folder = ModelFolder.open(target)
+        lines += _fold(folder, changes.loras)
+        if done := defences(folder):  # a LoRA may undo them, and nobody has looked
+            lines.append(f"no longer claimed: {'; '.join(done)}")
+            (target / DEFENCES).unlink()
     known = read_record(source.path)
     record = {"name": known.get("name", source.name), "revision": known.get("revision", source.revision)}
     (target / RECORD).write_text(json.dumps(record | {"changes": lines}, indent=2), encoding="utf-8")

@@ -21,6 +21,7 @@ from safelight.engine.model_source import ModelSource
 from safelight.errors import BundleError, ExportError
 from safelight.export import bundle as exporting
 from safelight.export.assembly import RECORD, Changes, assembled
+from safelight.export.guards import defences
 from safelight.export.lora import Lora
 from safelight.export.synth import synth
 from safelight.export.verify import verify_bundle
@@ -168,8 +169,9 @@ def test_a_model_that_takes_a_lora_loses_what_does_not_know_it(guarded_model: Pa
     made = put_together(guarded_model, tmp_path / "made", loras=(Lora(file),))
     folder = ModelFolder.open(made)
     assert not folder.has_one_step and not folder.has("redirector") and not folder.has("latent_checker")
-    assert (made / "defences.json").read_bytes() == (guarded_model / "defences.json").read_bytes()
+    assert defences(ModelFolder.open(guarded_model)) and not defences(folder)
     lines = json.loads((made / RECORD).read_text())["changes"]
+    assert f"no longer claimed: {'; '.join(defences(ModelFolder.open(guarded_model)))}" in lines
     assert "left out: latent_checker, redirector, unet_one_step, made for the model before" in lines
     # what the detector probes with is the UNet that generates
     detector, unet = load_graph(made, "detector"), load_graph(made, "unet")
@@ -381,6 +383,7 @@ def test_another_checker_leaves_the_latent_checker_out(
     """It was taught what another checker says."""
     folder = ModelFolder.open(put_together(guarded_model, tmp_path / "made", checker=source(tiny_model)))
     assert not folder.has("latent_checker") and folder.has("redirector") and folder.has_one_step
+    assert defences(folder) == defences(ModelFolder.open(guarded_model)) != ()
 
 
 def test_a_record_that_is_none_is_refused(tiny_model: Path, tmp_path: Path) -> None:
