@@ -83,8 +83,10 @@ def measure(
     on_rows: Callable[[list[Row]], None],
     on_line: Callable[[str], None] = lambda line: None,
     only: str = "",
+    skip: str = "",
 ) -> None:
-    """Measure all paths whose name holds `only` and hand over their rows, path by path.
+    """Measure all paths whose name holds `only`, and not `skip` where that says something, and hand over
+    their rows, path by path; what all are compared with is never left out.
 
     `work` keeps what was found, by bundle, commit, number of probes and threads. A peer that fails is a line,
     and no row; ours raises SafelightError.
@@ -97,7 +99,7 @@ def measure(
     found: dict[str, dict[str, Any]] = {}
     for path in paths(bundle):
         needed = path.name.startswith("eager") or path.name == "diffusers fp32"
-        if not needed and only not in path.name:
+        if not needed and (only not in path.name or (skip and skip in path.name)):
             continue
         if path.kind == "ours" and path.options["backend"] != "torch" and not _usable(path, bundle, on_line):
             continue

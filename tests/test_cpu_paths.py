@@ -35,7 +35,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[Job]:
     return made
 
 
-def bench(tmp_path: Path, only: str, lines: list[str] | None = None) -> list[Row]:
+def bench(tmp_path: Path, only: str, lines: list[str] | None = None, skip: str = "") -> list[Row]:
     rows: list[Row] = []
     lines = [] if lines is None else lines
     measure(
@@ -46,6 +46,7 @@ def bench(tmp_path: Path, only: str, lines: list[str] | None = None) -> list[Row
         repeats=1,
         work=tmp_path / "work",
         only=only,
+        skip=skip,
         on_rows=rows.extend,
         on_line=lines.append,
     )
@@ -56,16 +57,11 @@ def bench(tmp_path: Path, only: str, lines: list[str] | None = None) -> list[Row
 def test_ours_and_the_peers_are_compared_with_the_eager_reference(tmp_path: Path, calls: list[Job]) -> None:
     rows = bench(tmp_path, "onnxruntime, image checker")
     latencies = {row.provider: row for row in rows if row.p50_ms is not None}
-    assert (
-        list(latencies)
-        == [
-            "torch cpu (eager reference)",
-            "diffusers 0.42.1 loop, torch cpu",
-            "onnxruntime CPUExecutionProvider",
-            "onnxruntime CPUExecutionProvider, early exit",
-        ]
-        or len(latencies) == 4
-    )
+    assert [name for name in latencies if "diffusers" not in name] == [
+        "torch cpu (eager reference)",
+        "onnxruntime CPUExecutionProvider",
+        "onnxruntime CPUExecutionProvider, early exit",
+    ]
     ours = latencies["onnxruntime CPUExecutionProvider"]
     assert ours.refcheck_error < 1e-3 and "0 of 2 flags differ, verdict the same" in ours.refcheck
     plain = next(row for name, row in latencies.items() if name.startswith("diffusers"))
@@ -82,8 +78,8 @@ def test_ours_and_the_peers_are_compared_with_the_eager_reference(tmp_path: Path
 
     before = len(calls)
     assert bench(tmp_path, "onnxruntime, image checker") == [] and len(calls) == before  # nothing twice
-    more = bench(tmp_path, "onnxruntime, latent checker")
-    assert len(calls) == before + 3 and {row.shape for row in more} == {"R1 P2 64x64 latent checker"}
+    more = bench(tmp_path, "onnxruntime, latent checker", skip="early exit")
+    assert len(calls) == before + 2 and {row.shape for row in more} == {"R1 P2 64x64 latent checker"}
 
 
 @needs_weights

@@ -199,6 +199,7 @@ def bench_engines(
 @click.option("--repeats", type=click.IntRange(1), default=5, show_default=True, help="Timed checks a path.")
 @click.option("--threads", type=click.IntRange(1), help="Processor threads.  [default: all]")
 @click.option("--only", default="", help="Paths whose name holds this, and what they are compared with.")
+@click.option("--skip", default="", help="Without the paths whose name holds this, such as `early exit`.")
 @click.option(
     "--work",
     type=click.Path(path_type=Path),
@@ -214,6 +215,7 @@ def bench_cpu(
     repeats: int,
     threads: int | None,
     only: str,
+    skip: str,
     work: Path,
     out: Path,
 ) -> None:
@@ -233,6 +235,7 @@ def bench_cpu(
             repeats=repeats,
             work=work,
             only=only,
+            skip=skip,
             on_rows=lambda rows: _report(rows, out / "cpu_paths.csv"),
             on_line=lambda line: click.echo(f"safelight: {line}", err=True),
         )
