@@ -1,12 +1,14 @@
 """Where a bundle lies and what its manifest says, checked. Opens no graph.
 
-`shapes` is the bundle inside this package; anything else is a folder.
+A bundle holds gigabytes, of which a backend opens a part: a graph's files are compared with the manifest when
+their path is asked for, all else when the bundle is opened. `shapes` is the bundle inside this package;
+anything else is a folder.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from safelight.manifest import Manifest
+from safelight.manifest import Manifest, Verify
 from safelight.models.shapes import BUNDLE_FOLDER
 
 SHIPPED = "shapes"
@@ -14,7 +16,8 @@ SHIPPED = "shapes"
 
 @dataclass(frozen=True, slots=True)
 class Bundle:
-    """A folder whose every file has been compared with its manifest.
+    """A folder whose settings have been compared with its manifest, and whose graphs are before they are
+    opened.
 
     `engine_key` is the file of the key that signs this user's engines of it; None is the usual one.
     """
@@ -22,19 +25,33 @@ class Bundle:
     folder: Path
     manifest: Manifest
     engine_key: Path | None = None
+    _checked: set[str] = field(default_factory=set, init=False, compare=False, repr=False)
+
+    @property
+    def name(self) -> str:
+        """What opens it: `shapes`, or its folder."""
+        return SHIPPED if self.folder == BUNDLE_FOLDER else str(self.folder)
 
     def graph(self, name: str) -> Path:
-        """The path of a graph's ONNX file."""
+        """The path of a graph's ONNX file, whose bytes and weights are those of the manifest. Raises
+        BundleError.
+        """
+        if name not in self._checked:
+            self.manifest.check_graph(self.folder, name)
+            self._checked.add(name)
         return self.folder / self.manifest.graphs[name].path
 
 
-def open_bundle(name: str | Path | Bundle, *, engine_key: Path | None = None) -> Bundle:
+def open_bundle(
+    name: str | Path | Bundle, *, engine_key: Path | None = None, verify: Verify = "settings"
+) -> Bundle:
     """Find and check a bundle, `shapes` or a folder; an opened one stays as it is. Raises BundleError.
 
-    `engine_key` names another key for engines than the user's usual one.
+    `engine_key` names another key for engines than the user's usual one. With `verify="full"` every graph is
+    compared with the manifest now, and not when it is opened.
     """
     if isinstance(name, Bundle):
         return name
     shipped = str(name) == SHIPPED
     folder = BUNDLE_FOLDER if shipped else Path(name)
-    return Bundle(folder, Manifest.load(folder, installed=shipped), engine_key)
+    return Bundle(folder, Manifest.load(folder, verify=verify, installed=shipped), engine_key)

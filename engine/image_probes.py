@@ -56,7 +56,6 @@ class ImageProbes:
         finite: Any = seen.finite.all(1, keepdims=True)
         if probe.count == 1:
             return Looks(margins, flagged, finite, np.zeros((1, 1, 3, 1, 1), dtype=np.float32))
-        margins = margins.copy()  # the checker runs again
         around = self._around(pixels, probe, seed, deadline)
         near = self._checker.look(around, deadline=deadline)
         first = np.zeros((1, 1, *around.shape[1:]), dtype=np.float32)

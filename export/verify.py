@@ -82,7 +82,7 @@ def verify_bundle(bundle: Path, model: Path | None) -> tuple[Row, ...]:
     None is the folder of the name that the manifest gives, or the hub's commit. Raises BundleError where the
     bundle was altered, or the folder is not the one.
     """
-    opened = open_bundle(bundle)
+    opened = open_bundle(bundle, verify="full")
     source = opened.manifest.source
     folder = ModelFolder.open(model or _folder_of(source, bundle), source.variant)
     found = folder.digests()

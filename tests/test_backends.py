@@ -18,11 +18,12 @@ import torch
 from onnx import TensorProto, helper
 from safetensors.torch import load_file, save_file
 
+from safelight.containment import digest
 from safelight.engine.backends import BACKENDS, Stage, open_backend
 from safelight.engine.backends.host_outputs import PLANS
 from safelight.engine.bundle import Bundle, open_bundle
 from safelight.errors import BackendUnavailable, BundleError, ShapeError
-from safelight.manifest import GRAPHS, GraphEntry, Manifest, TensorSpec
+from safelight.manifest import GRAPHS, FileEntry, GraphEntry, Manifest, TensorSpec
 
 HANDMADE = runpy.run_path(str(Path(__file__).with_name("handmade.py")))
 
@@ -272,8 +273,13 @@ def test_what_a_backend_cannot_open_is_named(small: Bundle, tmp_path: Path) -> N
     with pytest.raises(BundleError, match="has no vae_decoder; export"):
         backend.stage("vae_decoder")
     folder = Path(shutil.copytree(small.folder, tmp_path / "broken"))
-    (folder / "detector" / "model.onnx").write_bytes(b"\x08\x0a")
-    broken = Bundle(folder, small.manifest)
+    file = folder / "detector" / "model.onnx"
+    file.write_bytes(file.read_bytes().replace(b"Add", b"Odd"))
+    with pytest.raises(BundleError, match="detector/model.onnx was altered"):
+        open_backend("onnxruntime", Bundle(folder, small.manifest)).stage("detector")
+    listed = FileEntry(digest(file), file.stat().st_size)
+    files = {**small.manifest.files, "detector/model.onnx": listed}
+    broken = Bundle(folder, replace(small.manifest, files=files))
     with pytest.raises(
         BundleError, match="detector/model.onnx cannot be opened by ONNX Runtime.*export the bundle"
     ):

@@ -383,7 +383,9 @@ class Seer:
                 return {"sample": np.zeros((len(codes), 3, 64, 64), np.float32)}
             if self.fault is not None:
                 self.fault()
-            margins = self._margins([self.seen[seed][probe][1] for seed, probe in self.codes], self.IMAGE)
+            count = len(inputs["clip_input"])  # a run of the checker takes some of what was decoded
+            codes, self.codes = self.codes[:count], self.codes[count:]
+            margins = self._margins([self.seen[seed][probe][1] for seed, probe in codes], self.IMAGE)
             return {"margins": margins, "has_nsfw_concepts": (margins > 0).any(1)}
 
         return SimpleNamespace(

@@ -15,6 +15,7 @@ from PIL import Image
 from safelight.engine.backends import open_backend
 from safelight.engine.bundle import open_bundle
 from safelight.engine.detect import Detector
+from safelight.engine.looks import PIECE
 from safelight.probe import ProbeConfig
 
 BLUE, RED = (40, 60, 200), (220, 30, 30)
@@ -134,6 +135,23 @@ def test_what_only_shows_on_one_ground_blocks(
     verdict = detector.check_image(png(pixels))
     assert verdict.blocked and verdict.reason == "concept" and verdict.probes == 3
     assert {margin > 0 for (margin,) in verdict.margins} == {False, True}
+
+
+def test_a_long_transparent_picture_is_looked_at_in_runs_that_an_engine_takes(
+    detector: Detector, spotter: Spotter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Three grounds of each square; what is red shows in the last of them alone."""
+    planned = []
+    stage = detector._pictures._checker._stage if detector._pictures else None
+    pixels = np.zeros((50, 330, 4), np.uint8)
+    pixels[:, 290:] = (*RED, 255)
+    if stage is None:
+        detector.check_image(pixels)
+        stage = detector._pictures._checker._stage
+    real = stage.plan
+    monkeypatch.setattr(stage, "plan", lambda **axes: planned.append(axes["batch"]) or real(**axes))
+    verdict = detector.check_image(png(pixels))
+    assert verdict.blocked and verdict.probes == 21 == sum(planned) and max(planned) == PIECE == 8
 
 
 def test_16_bit_grey_is_looked_at_not_whitened(detector: Detector, spotter: Spotter) -> None:

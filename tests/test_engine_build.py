@@ -21,6 +21,7 @@ from safelight.containment import digest
 from safelight.engine.bundle import Bundle, open_bundle
 from safelight.engine.engines.find import find_engine
 from safelight.engine.engines.flavour import RTX, choose_flavour
+from safelight.engine.engines.lock import locked
 from safelight.engine.engines.store import PLAN, read_plan, read_record
 from safelight.errors import BackendUnavailable, BundleError, ExportError
 from safelight.export.engines import build as building
@@ -119,6 +120,40 @@ def test_an_altered_engine_is_built_again(bundle: Bundle) -> None:
     again = build(bundle)
     assert again.fresh and again.folder == built.folder
     read_plan(again.folder, again.record)
+
+
+def test_an_engine_is_built_anew_where_that_is_asked_for(bundle: Bundle) -> None:
+    first = build(bundle)
+    again = build(bundle, anew=True)
+    assert again.fresh and again.folder == first.folder and again.record.built_at > first.record.built_at
+    read_plan(again.folder, again.record)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_a_graph_that_was_swapped_after_the_bundle_was_opened_is_not_signed(
+    bundle: Bundle, precision: str
+) -> None:
+    """Same size, other weights: what a manifest's sizes do not show."""
+    path = bundle.graph(SMALL)
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(BundleError, match="was altered since it was exported; export the bundle again"):
+        build(bundle, precision=precision)
+    assert not (bundle.folder / "engines").exists()
+
+
+def test_what_a_killed_builder_left_goes_with_the_next_build_of_anything(bundle: Bundle) -> None:
+    engines = bundle.folder / "engines"
+    dead, alive = (engines / f"{digit * 64}.partial" for digit in "12")
+    for partial in (dead, alive):
+        partial.mkdir(parents=True, mode=0o700)
+        (partial / "model.onnx_data").write_bytes(b"gigabytes")
+    engines.chmod(0o700)
+    with locked(alive.with_suffix(".lock")):
+        build(bundle)
+        assert not dead.exists() and alive.exists()
+        assert sorted(left(bundle)) == [alive.with_suffix(".lock").name, alive.name]
 
 
 def test_a_store_that_is_open_to_others_is_not_built_into(bundle: Bundle) -> None:
@@ -279,6 +314,20 @@ def test_a_library_that_cannot_be_imported_says_so(bundle: Bundle) -> None:
         ExportError, match="cannot be imported .*tensorrt_rtx_that_lacks_a_library.*pip install"
     ):
         build(bundle, flavour=broken)
+    assert not (bundle.folder / "engines").exists()
+
+
+def test_what_the_bindings_raise_is_the_reason_that_is_told(
+    bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "tensorrt_of_tomorrow.py").write_text(
+        "class ILogger: pass\n"
+        "class Builder:\n"
+        "    def __init__(self, logger): raise TypeError('one more argument')\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}")
+    with pytest.raises(ExportError, match=r"TensorRT failed \("):
+        build(bundle, flavour=replace(choose_flavour(RTX), module="tensorrt_of_tomorrow"))
     assert not (bundle.folder / "engines").exists()
 
 

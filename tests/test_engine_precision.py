@@ -2,6 +2,7 @@
 agree.
 """
 
+from dataclasses import replace
 from pathlib import Path
 
 import ml_dtypes
@@ -12,12 +13,14 @@ import onnxruntime as ort
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
+from safelight.containment import digest
 from safelight.engine.backends import Array
 from safelight.engine.bundle import Bundle, open_bundle
+from safelight.engine.precision import LOW, exact_products, lower
 from safelight.errors import ExportError
 from safelight.export.engines.agreement import agreement
-from safelight.export.engines.precision import LOW, exact_products, lower
 from safelight.export.verify import Case, draw
+from safelight.manifest import FileEntry
 
 LOW_TYPES = {"fp16": np.float16, "bf16": ml_dtypes.bfloat16}
 
@@ -219,7 +222,9 @@ def test_a_network_that_overflows_is_refused(shapes: Bundle, tmp_path: Path) -> 
             product.replace_input_with(place, fresh)
     folder = tmp_path / "bundle"
     (folder / "latent_checker").mkdir(parents=True)
-    ir.save(grown, folder / "latent_checker" / "model.onnx")
-    spoilt = Bundle(folder, shapes.manifest)
+    name = "latent_checker/model.onnx"
+    ir.save(grown, folder / name)
+    entry = FileEntry(digest(folder / name), (folder / name).stat().st_size)
+    spoilt = Bundle(folder, replace(shapes.manifest, files=shapes.manifest.files | {name: entry}))
     with pytest.raises(ExportError, match="or overflows.*--precision bf16 or fp32"):
         agreement(spoilt, "latent_checker", "fp16", tmp_path)

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 
+from safelight.containment import list_files
 from safelight.engine.bundle import Bundle, open_bundle
 from safelight.engine.engines.find import build_command, find_engine
 from safelight.engine.engines.fingerprint import Parts, graph_digest
@@ -301,6 +302,8 @@ def test_a_key_that_others_can_read_is_refused(tmp_path: Path) -> None:
         f"engines/{'0' * 64}/model.onnx",
         f"engines/{'0' * 64}/deeper/engine.plan",
         f"engines/{'0' * 64}.partial/other.bin",
+        f"engines/{'0' * 64}.partial/source/unet/other.bin",
+        f"engines/{'0' * 64}/source/unet/model.onnx",
         "engines/timing/evil.so",
         "Engines/0.lock",
         "elsewhere/engine.plan",
@@ -322,11 +325,33 @@ def test_a_bundle_opens_while_an_engine_is_built(bundle: Bundle) -> None:
         f"engines/{'0' * 64}.partial/model.onnx_data",
         f"engines/{'0' * 64}.partial/engine.plan",
         f"engines/{'0' * 64}.partial/timing.cache",
+        f"engines/{'0' * 64}.partial/source/unet/model.onnx",
+        f"engines/{'0' * 64}.partial/source/unet/model.onnx_data",
         "engines/timing/tensorrt-rtx-1.7.1.116-sm_89.cache",
     ):
-        (bundle.folder / name).parent.mkdir(exist_ok=True)
+        (bundle.folder / name).parent.mkdir(parents=True, exist_ok=True)
         (bundle.folder / name).write_bytes(b"x")
     open_bundle(bundle.folder)
+
+
+def test_a_bundle_opens_while_an_engine_gets_its_name(
+    bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The builder's folder is gone between its parent's listing and its own."""
+    partial = bundle.folder / "engines" / f"{'0' * 64}.partial"
+    partial.mkdir(parents=True)
+    real = os.scandir
+
+    def scandir(path):
+        if Path(path) == partial:
+            partial.rmdir()
+        return real(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    open_bundle(bundle.folder)
+    assert not partial.exists()
+    with pytest.raises(BundleError, match="cannot be listed"):
+        list(list_files(bundle.folder / "nothing"))
 
 
 def test_a_manifest_may_list_no_engine(bundle: Bundle) -> None:
@@ -359,9 +384,27 @@ def test_what_is_outside_is_covered_by_the_batches_that_the_remedy_names() -> No
 
 def test_the_command_that_builds_is_one_that_a_shell_takes(bundle: Bundle) -> None:
     odd = replace(bundle, folder=Path("/my bundles/a;b"), engine_key=Path("/my keys/k"))
-    words = shlex.split(build_command(odd, "unet", "sm_89", "bf16"))
+    words = shlex.split(build_command(odd, "unet", "sm_89"))
     assert words[:3] == ["safelight", "build", "/my bundles/a;b"]
-    assert words[-4:] == ["--precision", "bf16", "--engine-key", "/my keys/k"]
+    assert words[-2:] == ["--engine-key", "/my keys/k"]
+    assert build_command(open_bundle("shapes"), "unet", "sm_89").startswith("safelight build shapes ")
+
+
+@pytest.mark.parametrize("static", [False, True])
+@pytest.mark.parametrize("graph", ["unet", "detector"])
+@pytest.mark.parametrize("batches", [(1,), (1, 2), (1, 8, 16)])
+def test_the_command_builds_what_it_replaces(graph: str, batches: tuple[int, ...], static: bool) -> None:
+    """Its own options, read again by the command line, give the profile of the engine that is stale."""
+    shapes = open_bundle("shapes")
+    entry = shapes.manifest.graphs[graph]
+    buckets = profile(entry, batches, static=static)
+    parts = Parts(graph, "0" * 64, "bf16", buckets, "tensorrt", "10.1", "sm_89")
+    words = shlex.split(build_command(shapes, graph, "sm_89", like=parts))
+    options = dict(zip(words, [*words[1:], ""], strict=True))
+    assert (options["--precision"], options["--flavour"]) == ("bf16", "tensorrt")
+    asked = tuple(int(part) for part in options["--batch"].split(","))
+    assert profile(entry, asked, static="--static" in words) == buckets
+    assert "--batch" not in build_command(shapes, graph, "sm_89", like=parts, batches=False)
 
 
 def test_timings_are_read_where_this_user_sealed_them(tmp_path: Path) -> None:

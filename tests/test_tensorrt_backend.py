@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 import time
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ from safelight.engine.backends import tensorrt as backend
 from safelight.engine.bundle import Bundle, open_bundle
 from safelight.engine.cuda import Cuda
 from safelight.engine.detect import Detector
+from safelight.engine.engines import flavour as flavours
 from safelight.engine.engines.fingerprint import Parts, graph_digest
 from safelight.engine.engines.flavour import Flavour, choose_flavour, installed_flavours
 from safelight.engine.engines.key import make_key
@@ -138,6 +140,19 @@ def test_the_oldest_plan_goes(stage, library, monkeypatch: pytest.MonkeyPatch) -
     stage.run({"x": rows(3)})
 
 
+def test_what_a_caller_holds_is_not_freed(stage, library, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Arrays hold until the next run, and planning other lengths is none."""
+    monkeypatch.setattr(backend, "PLANS", 2)
+    stage.plan(n=1)
+    held = stage.run({"x": rows(1)})["y"]
+    expected, address = held.copy(), held.ctypes.data
+    for count in (2, 3, 4):
+        stage.plan(n=count)
+    assert address in library.live
+    np.testing.assert_array_equal(held, expected)
+    np.testing.assert_array_equal(stage.run({"x": rows(1)})["y"], expected)
+
+
 @pytest.mark.parametrize("name", ["cudaMalloc", "cudaMallocHost", "cudaMemcpyAsync", "cudaStreamSynchronize"])
 def test_what_fails_while_planning_leaves_nothing(stage, library, name: str) -> None:
     live = set(library.live)
@@ -189,13 +204,16 @@ def test_an_altered_engine_never_reaches_tensorrt(bundle: Bundle, library) -> No
     folder = put(bundle, plan_of())
     with (folder / PLAN).open("r+b") as file:
         file.write(b"[")
-    with pytest.raises(BundleError, match="was altered"):
+    with pytest.raises(BundleError, match=r"was altered: .*; do: safelight build .*--force$"):
         backend.TensorRTBackend(bundle, Cuda(library), FAKED).stage("unet")
 
 
-def test_what_tensorrt_cannot_open_is_a_sentence(bundle: Bundle, library) -> None:
+def test_what_tensorrt_cannot_open_is_a_sentence_with_what_builds_it_anew(bundle: Bundle, library) -> None:
     put(bundle, b"no engine")
-    with pytest.raises(BackendUnavailable, match=r"1\.7\.1 could not open the engine \(not an engine\)"):
+    said = (
+        r"1\.7\.1 could not open the engine \(not an engine\); do: safelight build .* --batch 1,8 .*--force$"
+    )
+    with pytest.raises(BackendUnavailable, match=said):
         backend.TensorRTBackend(bundle, Cuda(library), FAKED).stage("unet")
 
 
@@ -219,6 +237,22 @@ def test_nothing_installed_is_a_sentence(bundle: Bundle, monkeypatch: pytest.Mon
 
 
 @pytest.mark.skipif(has_gpu(), reason="this machine has a GPU")
+def test_a_gpu_that_the_flavour_does_not_know_is_a_sentence(
+    bundle: Bundle, library, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No command is named that would refuse the target."""
+    hopper = Cuda(library)
+    hopper.target = "sm_90"
+    monkeypatch.setattr(backend.Cuda, "open", lambda: hopper)
+    monkeypatch.setattr(backend, "installed_flavours", lambda: FAKED[:1])
+    said = r"tensorrt-rtx does not run on this GPU \(sm_90; it knows sm_75, .*\); do: pip install tensorrt, "
+    for call in (backend.describe, lambda: open_backend("tensorrt", bundle)):
+        with pytest.raises(BackendUnavailable, match=said):
+            call()
+    monkeypatch.setattr(backend, "installed_flavours", lambda: FAKED)
+    assert backend.describe() == "tensorrt 11.4 - sm_90"
+
+
 def test_without_a_gpu_it_says_so_and_nothing_else_runs(bundle: Bundle) -> None:
     with pytest.raises(BackendUnavailable, match=r"tensorrt: no (usable CUDA device|CUDA runtime)"):
         open_backend("tensorrt", bundle)
@@ -245,6 +279,24 @@ def test_a_runtime_without_a_device() -> None:
         Cuda(library)
 
 
+def test_libraries_of_another_version_than_the_bindings_are_another_version(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Each is a package of its own, and an engine is run by the libraries."""
+    installed = {"tensorrt_rtx_cu13_bindings": "1.7.1", "tensorrt_rtx_cu13_libs": "1.7.1"}
+
+    def version(package: str) -> str:
+        if package not in installed:
+            raise PackageNotFoundError(package)
+        return installed[package]
+
+    monkeypatch.setattr(flavours, "version", version)
+    monkeypatch.setattr(flavours, "find_spec", lambda name: name == "tensorrt_rtx_bindings" or None)
+    assert [flavour.version for flavour in installed_flavours()] == ["1.7.1"]
+    installed["tensorrt_rtx_cu13_libs"] = "1.7.2"
+    assert [flavour.version for flavour in installed_flavours()] == ["1.7.1.libs.1.7.2"]
+
+
 def test_flavours_are_found_without_importing_them() -> None:
     code = (
         "import sys; from safelight.engine.engines.flavour import installed_flavours as f; f();"
@@ -262,6 +314,9 @@ def test_a_real_engine_runs_and_agrees(tmp_path: Path) -> None:
     from safelight.models.shapes import BUNDLE_FOLDER
 
     bundle = open_bundle(Path(shutil.copytree(BUNDLE_FOLDER, tmp_path / "b")), engine_key=tmp_path / "key")
+    gpu = Cuda.open().target
+    if not any(flavour.knows(gpu) for flavour in installed_flavours()):
+        pytest.skip(f"no TensorRT for {gpu} is installed")
     flavour = choose_flavour(None)
     target, entry = check_target("current", flavour), bundle.manifest.graphs["text_encoder"]
     build_engine(

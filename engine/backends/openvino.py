@@ -2,7 +2,8 @@
 
 What it compiles is kept in the user's cache, by a key of all that it depends on. A run past its deadline is
 cancelled between two operators by OpenVINO itself. `openvino` computes in float32; `openvino:bf16` computes
-the large graphs in bfloat16 where the processor has it.
+the large graphs in bfloat16 where the processor has it, decided in the graph itself: weights that are stored
+in bfloat16 are mapped and used as they lie, where OpenVINO would make float32 of others first.
 """
 
 import time
@@ -10,6 +11,7 @@ import warnings
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -28,6 +30,7 @@ from safelight.manifest import GraphEntry
 # graphs, which cost little, the computation stays in float32.
 REDUCED = frozenset({"detector", "detector_latent", "unet", "vae_decoder"})
 LONGEST_MS = 2**31 - 1
+FORM = 2  # raised when what is kept of a graph is made otherwise
 
 
 class OvStage:
@@ -129,14 +132,15 @@ class OvBackend:
             "ENABLE_CPU_PINNING": False,  # a detector's and a generator's threads would sit on one core
         }
         with own_signal_stack():
-            compiled = self._compile(self._bundle.graph(graph), spec, settings)
+            compiled = self._compile(graph, spec, settings)
         _check_device(compiled, precision)
         return OvStage(compiled, spec, lanes)
 
-    def _compile(self, path: Path, spec: GraphEntry, settings: dict[str, Any]) -> Any:
-        files = self._bundle.manifest.files
+    def _compile(self, graph: str, spec: GraphEntry, settings: dict[str, Any]) -> Any:
+        manifest = self._bundle.manifest
         key = {
-            "files": [files[name].sha256 for name in (spec.path, *spec.external)],
+            "form": FORM,
+            "files": [manifest.files[name].sha256 for name in manifest.parts_of(graph)],
             "openvino": ov.__version__,
             "machine": [cpu_name(), *(cpu_flags() or ())],
             "settings": settings,
@@ -145,30 +149,53 @@ class OvBackend:
         try:
             with compiled_cache("openvino", key) as folder:
                 if folder is not None:
-                    return self._compile_kept(path, folder, settings)
-        except RuntimeError as fault:
-            lost = f"what openvino compiled of {path} could not be kept ({fault}); make room on the disk"
+                    cached = {"CACHE_DIR": str(folder), "CACHE_MODE": "OPTIMIZE_SIZE"}
+                    return self._compile_in(folder, graph, settings | cached)
+        except (RuntimeError, OSError) as fault:
+            lost = f"what openvino compiled of {spec.path} could not be kept ({fault}); make room on the disk"
         try:
-            compiled = self._core.compile_model(path, "CPU", settings)
-        except RuntimeError as fault:
+            if settings["INFERENCE_PRECISION_HINT"] == "f32":
+                compiled = self._core.compile_model(self._bundle.graph(graph), "CPU", settings)
+            else:
+                with TemporaryDirectory(prefix="safelight-") as scratch:
+                    compiled = self._compile_in(Path(scratch), graph, settings)
+        except (RuntimeError, OSError) as fault:
             raise BundleError(
-                f"{path} cannot be opened by OpenVINO ({fault}); export the bundle again"
+                f"{self._bundle.folder / spec.path} cannot be opened by OpenVINO ({fault}); export the "
+                "bundle again"
             ) from fault
         if lost:
             warnings.warn(lost, RuntimeWarning, stacklevel=3)
         return compiled
 
-    def _compile_kept(self, path: Path, folder: Path, settings: dict[str, Any]) -> Any:
-        """Compile by way of `folder`.
+    def _compile_in(self, folder: Path, graph: str, settings: dict[str, Any]) -> Any:
+        """Compile by way of OpenVINO's own form of the graph, which lies in `folder`, or is made there.
 
-        OpenVINO's compiled form alone would hold all weights in float32: in its own form of the graph they
-        lie as the bundle stores them, and are mapped from there.
+        Its compiled form alone would hold all weights in float32: in its own form of the graph they lie as
+        they are stored, and are mapped from there, also from a file that is deleted meanwhile.
         """
         own = folder / "graph.xml"
         if not own.exists():
-            ov.save_model(self._core.read_model(path), own, compress_to_fp16=False)
-        cached = {"CACHE_DIR": str(folder), "CACHE_MODE": "OPTIMIZE_SIZE"}
-        return self._core.compile_model(own, "CPU", settings | cached)
+            source = self._bundle.graph(graph)
+            low = settings["INFERENCE_PRECISION_HINT"] == "bf16"
+            with TemporaryDirectory(dir=folder) as scratch:
+                read = self._core.read_model(_lowered(source, Path(scratch)) if low else source)
+                ov.save_model(read, own, compress_to_fp16=False)
+                del read  # it maps the files that go
+        return self._core.compile_model(own, "CPU", settings)
+
+
+def _lowered(source: Path, folder: Path) -> Path:
+    """The graph with its products in bfloat16, written into `folder`."""
+    import onnx_ir as ir
+
+    from safelight.engine.precision import lower
+
+    model = ir.load(source)
+    lower(model, "bf16")
+    path = folder / "model.onnx"
+    ir.save(model, path, external_data="model.onnx_data", size_threshold_bytes=1024)
+    return path
 
 
 def _where(compiled: Any) -> tuple[list[str], str]:

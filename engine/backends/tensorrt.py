@@ -18,14 +18,14 @@ import numpy as np
 from safelight.engine.backends import Array, Stage, axes_of, key_of, shape_of
 from safelight.engine.bundle import Bundle
 from safelight.engine.cuda import Cuda
-from safelight.engine.engines.find import find_engine
-from safelight.engine.engines.flavour import FULL, REMEDY, RTX, Flavour, installed_flavours
+from safelight.engine.engines.find import build_command, find_engine
+from safelight.engine.engines.flavour import FULL, REMEDY, RTX, RTX_TARGETS, Flavour, installed_flavours
 from safelight.engine.engines.profile import bucket_of
 from safelight.engine.engines.store import Record, read_plan
 from safelight.errors import BackendUnavailable, BundleError, SafelightError, ShapeError
 from safelight.manifest import GraphEntry
 
-PLANS = 16  # sets of buffers that a stage keeps
+PLANS = 32  # sets of buffers that a stage keeps
 
 
 class OpenedEngine:
@@ -41,8 +41,7 @@ class OpenedEngine:
         if self.engine is None:
             raise BackendUnavailable(
                 f"tensorrt: {flavour.name} {flavour.version} could not open the engine "
-                f"({'; '.join(said[:2])}); "
-                "see `safelight doctor`"
+                f"({'; '.join(said[:2]) or 'it gave no reason'})"
             )
 
     def context(self, bucket: int, stream: int) -> Any:
@@ -108,6 +107,7 @@ class TensorRTStage:
         self._spec = spec
         self._remedy = remedy
         self._plans: dict[tuple[tuple[str, int], ...], _Plan] = {}
+        self._ran: _Plan | None = None  # its outputs are in the caller's hands
         self._lock = threading.Lock()
         self._stream = cuda.stream()
         self._beside = [cuda.stream() for _ in range(opened.engine.num_aux_streams)]
@@ -140,7 +140,8 @@ class TensorRTStage:
             opened = self._still_open()
             bucket = bucket_of(self._record.parts.profile, axes, remedy=self._remedy)
             if len(self._plans) >= PLANS:
-                self._free(self._plans.pop(next(iter(self._plans))))
+                oldest = next(key for key, plan in self._plans.items() if plan is not self._ran)
+                self._free(self._plans.pop(oldest))
             plan = _Plan(opened.context(bucket, self._stream))
             try:
                 self._bind(plan, axes)
@@ -206,6 +207,7 @@ class TensorRTStage:
                 self._cuda.launch(plan.graph, self._stream)
             self._cuda.wait(self._stream)
             _check(deadline)
+            self._ran = plan
             return dict(plan.outputs)
 
     def _still_open(self) -> OpenedEngine:
@@ -256,10 +258,16 @@ class TensorRTBackend:
         spec = self._bundle.manifest.graphs.get(graph)
         if spec is None:
             raise BundleError(f"{self._bundle.folder} has no {graph}; export a bundle that holds it")
-        found = find_engine(self._bundle, graph, flavours=self._flavours, target=self._cuda.target)
-        plan = read_plan(found.folder, found.record)
-        opened = OpenedEngine(found.flavour, plan)
-        return TensorRTStage(self._cuda, opened, record=found.record, spec=spec, remedy=found.remedy)
+        target = self._cuda.target
+        found = find_engine(self._bundle, graph, flavours=self._flavours, target=target)
+        parts = found.record.parts
+        try:
+            opened = OpenedEngine(found.flavour, read_plan(found.folder, found.record))
+        except (BundleError, BackendUnavailable) as fault:
+            anew = build_command(self._bundle, graph, target, like=parts)
+            raise type(fault)(f"{fault}; do: {anew} --force") from None
+        remedy = build_command(self._bundle, graph, target, like=parts, batches=False)
+        return TensorRTStage(self._cuda, opened, record=found.record, spec=spec, remedy=remedy)
 
 
 def open_backend(bundle: Bundle, *, model: Path | None, threads: int | None) -> TensorRTBackend:
@@ -270,21 +278,28 @@ def open_backend(bundle: Bundle, *, model: Path | None, threads: int | None) -> 
         raise ValueError(
             "tensorrt runs the bundle's engines on a GPU; it takes neither a model folder nor threads"
         )
-    flavours = _flavours()
-    return TensorRTBackend(bundle, Cuda.open(), flavours)
+    return TensorRTBackend(bundle, *_here())
 
 
 def describe() -> str:
     """Versions and GPU, for the doctor, after the libraries were loaded. Raises BackendUnavailable."""
-    flavours = _flavours()
+    cuda, flavours = _here()
     for flavour in flavours:
         flavour.load()
     names = ", ".join(f"{flavour.name} {flavour.version}" for flavour in flavours)
-    return f"{names} - {Cuda.open().target}"
+    return f"{names} - {cuda.target}"
 
 
-def _flavours() -> tuple[Flavour, ...]:
+def _here() -> tuple[Cuda, tuple[Flavour, ...]]:
+    """The GPU, and what is installed that knows it. Raises BackendUnavailable where either is missing."""
     flavours = installed_flavours()
     if not flavours:
         raise BackendUnavailable(f"tensorrt: neither {FULL} nor {RTX} is installed; do: {REMEDY}")
-    return flavours
+    cuda = Cuda.open()
+    known = tuple(flavour for flavour in flavours if flavour.knows(cuda.target))
+    if not known:
+        raise BackendUnavailable(
+            f"tensorrt: {RTX} does not run on this GPU ({cuda.target}; it knows {', '.join(RTX_TARGETS)}); "
+            "do: pip install tensorrt, which is full TensorRT"
+        )
+    return cuda, known

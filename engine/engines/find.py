@@ -14,12 +14,11 @@ from safelight.errors import BackendUnavailable, BundleError
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """An engine that may be loaded, by whom, and the command that would build it anew."""
+    """An engine that may be loaded, and by whom."""
 
     folder: Path
     record: Record
     flavour: Flavour
-    remedy: str
 
 
 def find_engine(bundle: Bundle, graph: str, *, flavours: tuple[Flavour, ...], target: str) -> Found:
@@ -49,8 +48,7 @@ def find_engine(bundle: Bundle, graph: str, *, flavours: tuple[Flavour, ...], ta
         for flavour in flavours:
             wrong = here(bundle.manifest, graph, flavour, target).differences(record.parts)
             if not wrong:
-                remedy = build_command(bundle, graph, target, record.parts.precision)
-                usable.append(Found(folder, record, flavour, remedy))
+                usable.append(Found(folder, record, flavour))
             differing.append(wrong)
         stale.append((record.parts, min(differing, key=len)))
     if usable:
@@ -60,18 +58,33 @@ def find_engine(bundle: Bundle, graph: str, *, flavours: tuple[Flavour, ...], ta
         raise BackendUnavailable(
             f"tensorrt: the engine {parts.fingerprint[:12]} of {graph} is stale: it differs in "
             f"{', '.join(wrong)}; "
-            f"do: {build_command(bundle, graph, target, parts.precision)}"
+            f"do: {build_command(bundle, graph, target, like=parts)}"
         )
     if distrusted:
         raise BundleError(f"tensorrt: {distrusted[0]}; do: {build}")
     raise BackendUnavailable(f"tensorrt: no engine of {graph} was built for {bundle.folder}; do: {build}")
 
 
-def build_command(bundle: Bundle, graph: str, target: str, precision: str | None = None) -> str:
-    """What a user types to build an engine, as a shell takes it."""
-    words = [str(bundle.folder), "--backend", "tensorrt", "--target", target, "--graph", graph]
-    if precision:
-        words += ["--precision", precision]
+def build_command(
+    bundle: Bundle, graph: str, target: str, *, like: Parts | None = None, batches: bool = True
+) -> str:
+    """What a user types to build an engine, as a shell takes it: with the settings of the one it replaces,
+    `like`, where there is one. Without `batches` those are left for the caller to add.
+    """
+    words = [bundle.name, "--backend", "tensorrt", "--target", target, "--graph", graph]
+    if like is not None:
+        words += ["--precision", like.precision, "--flavour", like.flavour]
+        spans = [span for bucket in like.profile for span in bucket.axes.values()]
+        if all(span.least == span.most for span in spans):
+            words.append("--static")
+        if batches:
+            rows = (
+                bucket.axes[name].most
+                for bucket in like.profile
+                for name in bucket.axes
+                if name != "requests"
+            )
+            words += ["--batch", ",".join(map(str, rows))]
     if bundle.engine_key is not None:
         words += ["--engine-key", str(bundle.engine_key)]
     return f"safelight build {shlex.join(words)}"

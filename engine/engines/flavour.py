@@ -22,6 +22,13 @@ _MODULES: dict[str, tuple[tuple[str, tuple[str, ...]], ...]] = {
         ("tensorrt_rtx_bindings", ("tensorrt_rtx_cu13_bindings", "tensorrt_rtx_cu12_bindings")),
     ),
 }
+# bindings and libraries are packages that can be updated apart: bindings -> libraries
+_LIBRARIES = {
+    "tensorrt_rtx_cu13_bindings": "tensorrt_rtx_cu13_libs",
+    "tensorrt_rtx_cu12_bindings": "tensorrt_rtx_cu12_libs",
+    "tensorrt_cu13_bindings": "tensorrt_cu13_libs",
+    "tensorrt_cu12_bindings": "tensorrt_cu12_libs",
+}
 # TensorRT-RTX's own list of GPUs; Hopper (sm_90) is not on it
 RTX_TARGETS = ("sm_75", "sm_80", "sm_86", "sm_89", "sm_120", "sm_121")
 REMEDY = "pip install 'safelight[tensorrt]', which brings TensorRT-RTX, or install NVIDIA's tensorrt 10 or 11"
@@ -46,6 +53,10 @@ class Flavour:
                 f"tensorrt: {self.module} cannot be imported ({fault}); {REMEDY}"
             ) from fault
 
+    def knows(self, target: str) -> bool:
+        """Whether it runs on GPUs of this architecture."""
+        return self.name == FULL or target in RTX_TARGETS
+
     @property
     def needs_gpu(self) -> bool:
         """Whether building takes the GPU that the engine is for."""
@@ -64,12 +75,19 @@ def installed_flavours() -> tuple[Flavour, ...]:
 
 
 def _version(packages: tuple[str, ...]) -> str | None:
+    """That of the bindings, and of the libraries behind them where it is another."""
     for package in packages:
-        try:
-            return version(package)
-        except PackageNotFoundError:
-            continue
+        if known := _installed(package):
+            library = _installed(_LIBRARIES.get(package, "")) or known
+            return known if library == known else f"{known}.libs.{library}"
     return None
+
+
+def _installed(package: str) -> str | None:
+    try:
+        return version(package) if package else None
+    except PackageNotFoundError:
+        return None
 
 
 def choose_flavour(name: str | None) -> Flavour:

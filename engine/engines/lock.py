@@ -11,9 +11,10 @@ from pathlib import Path
 
 
 @contextmanager
-def locked(path: Path, *, waiting: Callable[[], None]) -> Iterator[int]:
+def locked(path: Path, *, waiting: Callable[[], None] | None = None) -> Iterator[int]:
     """Hold the lock; yields its descriptor, which a child may inherit. `waiting` is called once if another
-    holds it. Raises OSError where the file cannot be made.
+    holds it. Raises OSError where the file cannot be made, and BlockingIOError where another holds it and
+    nobody is to wait.
     """
     descriptor = _acquire(path, waiting)
     try:
@@ -23,7 +24,7 @@ def locked(path: Path, *, waiting: Callable[[], None]) -> Iterator[int]:
         os.close(descriptor)
 
 
-def _acquire(path: Path, waiting: Callable[[], None]) -> int:
+def _acquire(path: Path, waiting: Callable[[], None] | None) -> int:
     told = False
     while True:
         path.parent.mkdir(mode=0o700, exist_ok=True)
@@ -35,6 +36,8 @@ def _acquire(path: Path, waiting: Callable[[], None]) -> int:
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
+                if waiting is None:
+                    raise
                 if not told:
                     waiting()
                     told = True

@@ -15,8 +15,8 @@ import onnxruntime as ort
 
 from safelight.engine.backends import Array
 from safelight.engine.bundle import Bundle
+from safelight.engine.precision import lower
 from safelight.errors import ExportError
-from safelight.export.engines.precision import lower
 from safelight.export.verify import DECISIONS, Case, draw
 from safelight.manifest import GraphEntry
 

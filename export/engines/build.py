@@ -2,18 +2,21 @@
 all.
 
 Everything is made in `engines/<fingerprint>.partial`, which the holder of the fingerprint's lock alone
-touches, and gets its name last. What a killed builder left there is removed by the next one.
+touches, and gets its name last. What a killed builder left there is removed by the next one, whatever it
+builds. An engine is made of a private copy of the graph, whose bytes are those that the manifest names: what
+is signed is what was built.
 """
 
 import errno
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -39,9 +42,11 @@ from safelight.engine.engines.store import (
     write_entry,
 )
 from safelight.errors import BackendUnavailable, BundleError, ExportError, SafelightError
+from safelight.export.engines.agreement import agreement, remove_graph, save_graph
 from safelight.export.engines.compile import Job
 
 CURRENT = "current"
+_COPY = "source"
 _FULL = {
     errno.ENOSPC: "the disk is full",
     errno.EDQUOT: "the quota is used up",
@@ -99,12 +104,13 @@ def build_engine(
     precision: str,
     profile: tuple[Bucket, ...],
     progress: Progress,
+    anew: bool = False,
 ) -> Built:
-    """Build the engine of a graph, or find that it is there already, and sign it.
+    """Build the engine of a graph, or find that it is there already, and sign it; `anew` builds in any case.
 
-    `target` is a GPU architecture of `check_target`. Raises BundleError for a graph that the bundle lacks,
-    ExportError where the graph cannot become an engine, and SafelightError where the folder cannot be
-    written.
+    `target` is a GPU architecture of `check_target`. Raises BundleError for a graph that the bundle lacks, or
+    whose files are not those of its manifest, ExportError where the graph cannot become an engine, and
+    SafelightError where the folder cannot be written.
     """
     if graph not in bundle.manifest.graphs:
         raise BundleError(f"{bundle.folder} has no {graph}; it has {', '.join(bundle.manifest.graphs)}")
@@ -115,10 +121,11 @@ def build_engine(
     with _sentences(engines), _tidy(engines):
         if engines.exists() or engines.is_symlink():
             check_private(engines, folder=True)
+            _sweep(engines)
         key = make_key(bundle.engine_key or usual_key())
         lock = engines / f"{parts.fingerprint}.lock"
         with locked(lock, waiting=lambda: progress("waiting for another builder of this engine")) as held:
-            if found := _present(folder, key):
+            if not anew and (found := _present(folder, key)):
                 return Built(folder, found, fresh=False)
             partial = engines / f"{parts.fingerprint}.partial"
             remove(partial)
@@ -130,6 +137,13 @@ def build_engine(
             finally:
                 remove(partial)
     return Built(folder, record, fresh=True)
+
+
+def _sweep(engines: Path) -> None:
+    """Remove what killed builders left, of any engine: gigabytes that nobody else would ask for again."""
+    for partial in engines.glob("*.partial"):
+        with suppress(BlockingIOError), locked(partial.with_suffix(".lock")):
+            remove(partial)
 
 
 def _present(folder: Path, key: bytes) -> Record | None:
@@ -155,10 +169,11 @@ def _fill(
     progress: Progress,
 ) -> Record:
     """Make the plan, and nothing else, in `partial`; returns its record."""
-    onnx, agreed = bundle.graph(parts.graph), None
+    source = _copied(bundle, parts.graph, partial / _COPY)
+    onnx, agreed = source.graph(parts.graph), None
     if parts.precision != "fp32":
         progress(f"comparing {parts.precision} with float32")
-        onnx, agreed = _lowered(bundle, parts, partial)
+        onnx, agreed = _lowered(source, parts, partial)
     entry = bundle.manifest.graphs[parts.graph]
     timing = f"{parts.flavour}-{parts.version}-{parts.target}.cache"
     known, fresh = engines_folder(bundle.folder) / "timing" / timing, partial / "timing.cache"
@@ -185,8 +200,8 @@ def _fill(
         known.parent.mkdir(mode=0o700, exist_ok=True)
         seal_timings(fresh, key)
         fresh.replace(known)
-    for name in ("model.onnx", "model.onnx_data"):
-        (partial / name).unlink(missing_ok=True)
+    remove_graph(partial)
+    remove(source.folder)
     sha256, size = digest_of(partial / PLAN)
     return Record(
         parts=parts,
@@ -200,12 +215,28 @@ def _fill(
     )
 
 
+def _copied(bundle: Bundle, graph: str, folder: Path) -> Bundle:
+    """The bundle as far as this graph goes, in a folder that is closed to others. Raises BundleError where a
+    file is not the one that the manifest names.
+    """
+    for name in bundle.manifest.parts_of(graph):
+        (folder / name).parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        shutil.copyfile(bundle.folder / name, folder / name)
+    copied = replace(bundle, folder=folder)
+    try:
+        copied.graph(graph)
+    except BundleError:
+        raise BundleError(
+            f"{bundle.folder}: {graph} was altered since it was exported; export the bundle again"
+        ) from None
+    return copied
+
+
 def _lowered(bundle: Bundle, parts: Parts, partial: Path) -> tuple[Path, float]:
     """The graph in low precision, once it was seen to agree, and how well it did."""
     import onnx_ir as ir
 
-    from safelight.export.engines.agreement import agreement, save_graph
-    from safelight.export.engines.precision import lower
+    from safelight.engine.precision import lower
 
     agreed = agreement(bundle, parts.graph, parts.precision, partial)
     model = ir.load(bundle.graph(parts.graph))

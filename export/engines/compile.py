@@ -219,6 +219,10 @@ def main() -> int:
     except ImportError as fault:
         say({"error": f"TensorRT cannot be imported ({fault}); do: {REMEDY}"})
         return 1
+    except Exception as fault:  # of the bindings, whose versions differ: the parent tells it in a sentence
+        said = " ".join(str(fault).split())[:400]
+        say({"error": f"TensorRT failed ({type(fault).__name__}: {said}); use another version of TensorRT"})
+        return 1
     spent = {"build_s": time.monotonic() - start, "cpu_s": time.process_time()}
     say(spent | {"peak_bytes": peak_bytes()})
     return 0

@@ -7,6 +7,7 @@ batch in all.
 
 from safelight.engine.detect import ROWS
 from safelight.engine.engines.profile import Bucket, Lengths
+from safelight.engine.looks import PIECE
 from safelight.errors import BundleError
 from safelight.manifest import GraphEntry, Manifest
 
@@ -21,7 +22,7 @@ def usual_batches(manifest: Manifest, graph: str) -> tuple[int, ...]:
     rows, count = max(1, ROWS * 64 // (height * width)), manifest.probe.count
     if graph in DETECTORS:
         return tuple(sorted({1, min(count, rows), rows}))
-    return tuple(sorted({1, count, max(count, TEXTS * rows)}))
+    return tuple(sorted({1, count, max(count, PIECE, TEXTS * rows)}))
 
 
 def profile(entry: GraphEntry, batches: tuple[int, ...], *, static: bool = False) -> tuple[Bucket, ...]:

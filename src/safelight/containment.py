@@ -32,7 +32,7 @@ ENGINES = "engines"  # the folder that belongs to the engine store, whose files 
 _ENGINE_FILE = re.compile(
     r"engines/(?:[0-9a-f]{64}\.lock|timing/[a-z0-9_.-]{1,100}\.cache"
     r"|[0-9a-f]{64}(?:\.partial)?/(?:engine\.plan|engine\.json|signature)"
-    r"|[0-9a-f]{64}\.partial/(?:model\.onnx|model\.onnx_data|timing\.cache))"
+    r"|[0-9a-f]{64}\.partial/(?:(?:source/[a-z0-9_]+/)?model\.onnx(?:_data)?|timing\.cache))"
 )
 
 CLASSES = {
@@ -109,10 +109,13 @@ def list_files(root: Path) -> Iterator[str]:
     """Names of everything below `root` that is not a folder, sorted.
 
     Raises BundleError for a link to a folder, a folder that cannot be listed, and a name that cannot be
-    printed, which would reach the terminal in an error.
+    printed, which would reach the terminal in an error. A folder that is gone by the time it is looked into,
+    as that of an engine which was just built, is none.
     """
 
     def unreadable(fault: OSError) -> None:
+        if isinstance(fault, FileNotFoundError) and root.is_dir():
+            return
         raise BundleError(f"{fault.filename} cannot be listed ({fault.strerror}); make it readable")
 
     for folder, folders, files in os.walk(root, onerror=unreadable):

@@ -13,7 +13,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from safelight import __version__
 from safelight.containment import (
@@ -33,6 +33,8 @@ from safelight.schedule import NoiseSchedule, OneStep
 
 MANIFEST = "safelight.json"
 VERSION = 1
+Verify = Literal["full", "settings", "sizes"]
+VERIFY: tuple[Verify, ...] = get_args(Verify)
 GRAPHS = ("detector", "text_encoder", "unet", "vae_decoder", "vae_encoder", "safety_checker")
 # graphs of a model folder's optional parts, and the part that each is made from
 OPTIONAL_GRAPHS = {
@@ -294,17 +296,16 @@ class Manifest:
         return path
 
     @classmethod
-    def load(
-        cls, folder: Path, *, verify: Literal["full", "sizes"] = "full", installed: bool = False
-    ) -> "Manifest":
+    def load(cls, folder: Path, *, verify: Verify = "full", installed: bool = False) -> "Manifest":
         """Read and check a bundle. Nothing of it is opened by another library before this returns.
 
-        `verify="sizes"` skips the SHA-256 of the files. `installed` is for the bundle inside the installed
-        package, whose files installers (uv, conda) hard-link from their cache; anywhere else a hard link is
-        refused. Raises BundleError.
+        `verify="settings"` leaves what graphs consist of to `check_graph`, for each that is opened, and
+        compares their sizes alone; `"sizes"` skips every SHA-256. `installed` is for the bundle inside the
+        installed package, whose files installers (uv, conda) hard-link from their cache; anywhere else a hard
+        link is refused. Raises BundleError.
         """
-        if verify not in ("full", "sizes"):
-            raise ValueError(f"verify must be 'full' or 'sizes'; got {verify!r}")
+        if verify not in VERIFY:
+            raise ValueError(f"verify must be one of {VERIFY}; got {verify!r}")
         if not folder.is_dir():
             raise BundleError(
                 f"{folder} is not a bundle folder; make one with `safelight export MODEL {folder}`"
@@ -333,12 +334,11 @@ class Manifest:
             ) from None
         return manifest
 
-    def check(
-        self, folder: Path, *, verify: Literal["full", "sizes"] = "full", installed: bool = False
-    ) -> None:
+    def check(self, folder: Path, *, verify: Verify = "full", installed: bool = False) -> None:
         """Compare the folder with the manifest: parts, names, links, sizes, digests, references, class
-        names.
+        names; `verify` as for `load`.
         """
+        known = {part for name in self.graphs for part in self.parts_of(name)}
         for required in REQUIRED_GRAPHS:
             if required not in self.graphs:
                 raise BundleError(
@@ -357,11 +357,8 @@ class Manifest:
                     f"{folder / name} has {status.st_size} bytes, the manifest says {entry.size_bytes}; "
                     f"export the bundle again"
                 )
-            if verify == "full" and digest(folder / name) != entry.sha256:
-                raise BundleError(
-                    f"{folder / name} was altered: its SHA-256 is not the manifest's; export the bundle again"
-                )
-        known = {part for graph in self.graphs.values() for part in (graph.path, *graph.external)}
+            if verify == "full" or (verify == "settings" and name not in known):
+                self._check_digest(folder, name)
         for name in self.files:
             if name.endswith((".onnx", ".onnx_data")) and name not in known:
                 raise BundleError(
@@ -369,5 +366,23 @@ class Manifest:
                 )
             if name.endswith(("config.json", "model_index.json")):
                 check_classes(folder / name)
-        for graph in self.graphs.values():
+        for graph in self.graphs.values() if verify != "settings" else ():
             check_onnx(folder, graph.path, graph.external)
+
+    def parts_of(self, graph: str) -> tuple[str, ...]:
+        """The files of a graph: its own and its weights'."""
+        return (self.graphs[graph].path, *self.graphs[graph].external)
+
+    def check_graph(self, folder: Path, graph: str) -> None:
+        """Compare the files of one graph with the manifest by their SHA-256, and what it refers to. Raises
+        BundleError.
+        """
+        for name in self.parts_of(graph):
+            self._check_digest(folder, name)
+        check_onnx(folder, self.graphs[graph].path, self.graphs[graph].external)
+
+    def _check_digest(self, folder: Path, name: str) -> None:
+        if digest(folder / name) != self.files[name].sha256:
+            raise BundleError(
+                f"{folder / name} was altered: its SHA-256 is not the manifest's; export the bundle again"
+            )

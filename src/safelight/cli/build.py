@@ -75,6 +75,7 @@ def whole_numbers(text: str, name: str) -> tuple[int, ...]:
 @click.option(
     "--flavour", type=click.Choice(["tensorrt", "tensorrt-rtx"]), help="Whose TensorRT.  [default: installed]"
 )
+@click.option("--force", is_flag=True, help="Build anew what was built already.")
 @click.option(
     "--engine-key",
     type=FOLDER,
@@ -92,12 +93,14 @@ def build(
     precision: str,
     graphs: tuple[str, ...],
     flavour: str | None,
+    force: bool,
     engine_key: Path | None,
 ) -> None:
     """Build engines of BUNDLE for a GPU, ahead of its use; what was built already stays as it is.
 
-    An engine lies in the bundle's folder `engines`, is signed with your own key, and is loaded only by you,
-    on that kind of GPU, with that version of TensorRT.
+    Of several engines of a graph the one that was built last is used. An engine lies in the bundle's folder
+    `engines`, is signed with your own key, and is loaded only by you, on that kind of GPU, with that version
+    of TensorRT.
     """
     from safelight.engine.bundle import open_bundle
     from safelight.engine.engines.flavour import choose_flavour
@@ -127,6 +130,7 @@ def build(
                     precision=precision,
                     profile=buckets,
                     progress=bar,
+                    anew=force,
                 )
             finally:
                 bar.close()

@@ -107,7 +107,7 @@ def inspect(bundle: str, as_json: bool) -> None:
     from safelight.cli.inspection import describe
     from safelight.engine.bundle import open_bundle
 
-    opened = open_bundle(bundle)
+    opened = open_bundle(bundle, verify="full")
     if as_json:
         names = {"bundle_id": opened.manifest.bundle_id, "folder": str(opened.folder)}
         click.echo(json.dumps(json.loads(opened.manifest.to_bytes()) | names))
