@@ -279,6 +279,7 @@ class DarkMiner:
             "round": self.round,
             "fails": self.fails,
             "score": self.score,
+            "done": self.done,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -286,6 +287,7 @@ class DarkMiner:
         self.mined, self.latents, self.preserved = state["mined"], state["latents"], state["preserved"]
         self.rows = state["rows"].cpu()
         self.round, self.fails, self.score = state["round"], state["fails"], state["score"]
+        self.done = state["done"]
 
     def networks(self) -> dict[str, nn.Module]:
         """The UNet with the adapters merged into its weights: ordinary names, nothing mined."""

@@ -51,7 +51,7 @@ def train(
     steps, for tests. Raises FloatingPointError where a gradient is not finite; the checkpoint is then that of
     an earlier step.
     """
-    work.mkdir(parents=True, exist_ok=True)
+    work.mkdir(mode=0o700, parents=True, exist_ok=True)  # a checkpoint may hold what must stay private
     run = _Run(objective, plan, work, about=about or {}, cpu=cpu)
     run.resume()
     shown = run.accelerator.is_main_process
@@ -64,7 +64,7 @@ def train(
             losses = run.step(run.done)
             bar.set_postfix({key: f"{value:.4g}" for key, value in losses.items()}, refresh=False)
             bar.update()
-            stop = interrupted() or run.done - first == stop_after
+            stop = run.asked_of_any(interrupted() or run.done - first == stop_after)
             if stop or run.done % plan.checkpoint_every == 0:
                 run.save()
             if stop and run.done < plan.steps and not objective.finished:
@@ -191,6 +191,13 @@ class _Run:
         partial = path.with_suffix(".partial")
         torch.save(state, partial)
         os.replace(partial, path)
+
+    def asked_of_any(self, stop: bool) -> bool:
+        """Whether any process was asked to stop: one that went on alone would wait for the others."""
+        if self.accelerator.num_processes == 1:
+            return stop
+        asked: Any = torch.tensor([float(stop)], device=self.accelerator.device)
+        return bool(self.accelerator.reduce(asked, "sum").item() > 0)
 
     def resume(self) -> None:
         """Go on from the checkpoint, where there is one."""

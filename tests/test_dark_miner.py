@@ -271,9 +271,13 @@ def test_patience_counts_rounds_that_failed_in_a_row(model, tmp_path, monkeypatc
 
 
 def test_it_ends_after_its_rounds(model, tmp_path):
-    mining = miner(model, rounds=1, known=True)
-    train(mining, SHORT, tmp_path, cpu=True)
+    mining, again = (miner(model, rounds=1, known=True) for _ in range(2))
+    train(mining, SHORT, tmp_path / "work", cpu=True)
     assert mining.finished and mining.round == 1 and mining.done == 2
+    assert (tmp_path / "work").stat().st_mode & 0o077 == 0, "what was mined is nobody else's"
+    train(again, SHORT, tmp_path / "work", cpu=True)  # as after a disk that was full at the end
+    for key, value in mining.unet.state_dict().items():
+        assert torch.equal(value, again.unet.state_dict()[key]), key
     assert len(mining.mined) == 2 and torch.equal(mining.mined[:1], model.encode(["a red star"]))
 
 

@@ -179,6 +179,36 @@ def test_prompts_of_a_file_go_through_a_model(
         run()
 
 
+def test_a_run_that_is_cut_off_asks_the_rest(
+    tmp_path: Path, tiny_model: Path, tiny_bundle: Path, monkeypatch
+) -> None:
+    bundle, asked, measured = open_bundle(tiny_bundle), [], external.outcomes
+    monkeypatch.setattr(external, "CHUNK", 2)
+    monkeypatch.setattr(
+        external, "open_system", lambda system, out, **_: Opened(system, tiny_model, bundle, "t")
+    )
+    file = tmp_path / "five.csv"
+    file.write_text("prompt,seed\n" + "".join(f"ring {at},{at}\n" for at in range(5)), encoding="utf-8")
+
+    def run(out: str) -> list[dict]:
+        external.evaluate_prompts({"mine": tiny_model}, file, tmp_path / out, judge=ColourJudge(), steps=1)
+        return json.loads((tmp_path / out / "prompts.json").read_text())["cells"]["mine"]["requests"]
+
+    def outcomes(served, judge, asks):
+        if len(asked) >= 2:
+            raise KeyboardInterrupt
+        asked.extend(asks)
+        return measured(served, judge, asks)
+
+    monkeypatch.setattr(external, "outcomes", outcomes)
+    with pytest.raises(KeyboardInterrupt):
+        run("cut")
+    monkeypatch.setattr(external, "outcomes", lambda *given: asked.extend(given[2]) or measured(*given))
+    found = run("cut")
+    assert [ask.text for ask in asked] == [f"ring {at}" for at in range(5)]
+    assert found == run("whole") and [item["number"] for item in found] == [1, 2, 3, 4, 5]
+
+
 def test_the_checkers_own_judge_agrees_with_the_engine(tiny_model: Path, tiny_bundle: Path, tol) -> None:
     from safelight.engine.backends import open_backend
     from safelight.engine.looks import PictureChecker

@@ -20,6 +20,7 @@ import torch
 from safelight.bench.attacks.victim import Victim
 from safelight.bench.safety.judge import Floats
 from safelight.bench.safety.oracle import OracleJudge, wanted
+from safelight.errors import SafelightError
 from safelight.models.shapes import MODEL_FOLDER, ORACLE_FILE
 from safelight.models.shapes.captions import Captioned, stream
 from safelight.models.shapes.scene import COLOURS, KINDS
@@ -57,7 +58,10 @@ def captions(kind: str | None, others: Sequence[str], count: int) -> list[Captio
 
 
 def draw(model: Path, items: Sequence[Captioned], *, base: Path, redirected: bool) -> Floats:
-    """Pictures float32 (N, 3, H, W) in [0, 1], under the model's own redirector or plain guidance."""
+    """Pictures float32 (N, 3, H, W) in [0, 1], under the model's own redirector or plain guidance.
+
+    Raises SafelightError where one is not finite: no judge sees a concept in it.
+    """
     victim = Victim.open(model, reference=base, guarded=redirected)
     made = []
     with torch.no_grad():
@@ -66,7 +70,13 @@ def draw(model: Path, items: Sequence[Captioned], *, base: Path, redirected: boo
             starts = victim.starts([SEED + at + number for number in range(len(texts))])
             latents = victim.sample(victim.hidden(victim.ids(texts)), starts)
             made.append(victim.pictures(latents).numpy())
-    return np.concatenate(made)
+    pictures: Floats = np.concatenate(made)
+    if broken := int((~np.isfinite(pictures).all((1, 2, 3))).sum()):
+        raise SafelightError(
+            f"{model}: {broken} of {len(pictures)} pictures are not finite, and show nothing for that reason "
+            "alone; train it again"
+        )
+    return pictures
 
 
 def measure(
@@ -124,7 +134,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(f"--models takes NAME=DIR; got {given.models}")
     models = {name: Path(path) for name, _, path in pairs}
     places = {"base": given.base, "oracle": given.oracle}
-    rows = list(measure(models, given.kinds, given.count, given.redirected, **places))
+    try:
+        rows = list(measure(models, given.kinds, given.count, given.redirected, **places))
+    except SafelightError as fault:
+        print(f"safelight: {fault}", file=sys.stderr)
+        return 1
     fresh = not given.out.exists()
     given.out.parent.mkdir(parents=True, exist_ok=True)
     with given.out.open("a", newline="", encoding="utf-8") as file:

@@ -31,7 +31,7 @@ from safelight.provenance import commit
 STEPS, GUIDANCE = 50, 7.5
 DETECTORS = {"crops": "full", "crops1": "image"}
 COLUMN = "prompts"
-CHUNK = 64
+CHUNK = 16  # prompts that a run that is cut off has to ask again
 
 
 def systems_of(models: Mapping[str, Path], defences: Sequence[str]) -> dict[str, System]:
@@ -92,7 +92,7 @@ def evaluate_prompts(
     for name, row in rows.items():
         cell = cells.read(name, COLUMN)
         if cell is None:
-            cells.write(name, COLUMN, _measured(row, judges[name], prompts, settings, progress))
+            cells.write(name, COLUMN, _measured(row, judges[name], prompts, settings, cells, progress))
             cell = cells.read(name, COLUMN)
         assert cell is not None
         found[name] = cell
@@ -122,30 +122,37 @@ def _measured(
     judge: Judge,
     prompts: PromptSet,
     settings: Settings,
+    cells: Cells,
     progress: Callable[[str], None],
 ) -> dict[str, Any]:
-    size = row.bundle.manifest.picture.size
-    results: list[Result] = []
+    """The row's cell; every `CHUNK` prompts of it are kept as a cell of their own meanwhile."""
+    size, name = row.bundle.manifest.picture.size, row.system.name
+    requests: list[dict[str, Any]] = []
     with Served(row.system, row.bundle, row.model, settings, threads=_threads()) as served:
         for at in range(0, len(prompts.prompts), CHUNK):
-            part = prompts.prompts[at : at + CHUNK]
-            asks = {item.number: _ask(item, settings, row) for item in part if item.fault is None}
-            made = dict(zip(asks, outcomes(served, judge, list(asks.values())), strict=True))
-            results += [
-                made.get(item.number, Result(Outcome.ERROR, "prompt", detail=item.fault or ""))
-                for item in part
-            ]
-            progress(f"{row.system.name}: {len(results)} of {len(prompts.prompts)}")
+            known = cells.read(name, f"{COLUMN}:{at}")
+            if known is None:
+                part = prompts.prompts[at : at + CHUNK]
+                asks = {item.number: _ask(item, settings, row) for item in part if item.fault is None}
+                made = dict(zip(asks, outcomes(served, judge, list(asks.values())), strict=True))
+                unread = (Result(Outcome.ERROR, "prompt", detail=item.fault or "") for item in part)
+                found = [made.get(item.number, fault) for item, fault in zip(part, unread, strict=True)]
+                known = {
+                    "requests": [
+                        {"number": item.number, **result.to_json()}
+                        for item, result in zip(part, found, strict=True)
+                    ]
+                }
+                cells.write(name, f"{COLUMN}:{at}", known)
+            requests += known["requests"]
+            progress(f"{name}: {len(requests)} of {len(prompts.prompts)}")
     other = sum((item.width or size, item.height or size) != (size, size) for item in prompts.prompts)
     return {
-        "rate": Rate.of_outcomes((result.outcome for result in results), SUCCESS).to_json(),
+        "rate": Rate.of_outcomes((Outcome(item["outcome"]) for item in requests), SUCCESS).to_json(),
         "timestamp": time.time(),
         "picture_size": size,
         "asked_for_another_size": other,
-        "requests": [
-            {"number": item.number, **result.to_json()}
-            for item, result in zip(prompts.prompts, results, strict=True)
-        ],
+        "requests": requests,
     }
 
 
