@@ -2,8 +2,9 @@
 against each stage's floor: `python -P -m safelight.bench.gpu_detect`.
 
 Full-size architectures with random weights, 512 px, 8 probes. All contenders work on the same request in the
-same process, round by round, and are compared with the eager definition in float32 there before they are
-timed. `--rehearse` does all of it at tiny sizes, on whatever there is, and writes nothing.
+same process, one after the other, and are compared with the eager definition in float32 there before they are
+timed; each row is written as soon as it is measured. `--rehearse` does all of it at tiny sizes, on whatever
+there is, and writes nothing.
 """
 
 import argparse
@@ -89,38 +90,53 @@ class Contender:
 
 
 def detection(plan: Plan, bundle: Bundle, model: Path, runner: Runner) -> Iterator[Row]:
-    """Rows of one request: ours with each checker and decoder, and the peers."""
-    config = ProbeConfig(count=plan.probes)
+    """Rows of one request, each as soon as it is measured: the plain peer, ours with each checker and
+    decoder, and last what torch.compile works on, ours and the peer, which takes minutes to begin.
+    """
+    config, shape = ProbeConfig(count=plan.probes), f"{plan.detect} R1 P{plan.probes} {_size(bundle)}"
     folder, tiny = ModelFolder.open(model), TinyDecoder.open(model)
-    made: list[Contender] = []
-    variants: list[tuple[str, ModelFolder, Any, bool, bool]] = [
-        ("full decoder", folder, "image", False, False),
-        ("tiny decoder", tiny, "image", False, False),
-        ("latent checker", folder, "latent", False, False),
-        ("latent checker, early exit", folder, "latent", False, True),
-    ]
+    truths = {"image": eager_answers(folder, bundle, config, runner.device, latent=False)}
+    pictures = truths["image"][1]
+
+    def peer(compiler: Any) -> Contender:
+        made = Peer(model, plan.device, plan.dtype, one_step=True, compiler=compiler)
+        screen = made.detect(bundle, config, PROMPT, seed=SEED)
+        return Contender(made.provider, screen, PIXEL, float(np.abs(screen() - pictures).max()))
+
+    plain = peer(None)
+    times = _timed(plan, plain.call)
+    limit = percentiles(times)["p50_ms"]
+    yield _row(plan, "detect", plain, shape, times, limit)
+
+    def ours(
+        name: str, source: ModelFolder, checker: Any, *, compiled: bool = False, early: bool = False
+    ) -> Row:
+        key = "tiny" if source is tiny else checker
+        if key not in truths:
+            truths[key] = eager_answers(source, bundle, config, runner.device, latent=checker == "latent")
+        backend = GraphBackend(bundle, source, Placement(plan.precision, compiled=compiled), runner)
+        with Detector(bundle, backend, config, checker=checker, early_exit=early) as detector:
+            verdict = detector.check(PROMPT, seed=SEED)
+            if verdict.detail is not None:
+                raise RuntimeError(f"{name} could not judge the request: {verdict.detail}")
+            error = float(np.abs(np.asarray(verdict.margins) - truths[key][0][: verdict.probes]).max())
+            call = detector_call(detector)
+            contender = Contender(f"{verdict.backend}: {name}", call, MARGIN, error)
+            return _row(plan, "detect", contender, shape, _timed(plan, call), limit)
+
+    yield ours("latent checker", folder, "latent")
+    yield ours("tiny decoder", tiny, "image")
+    yield ours("full decoder", folder, "image")
+    yield ours("latent checker, early exit", folder, "latent", early=True)
+    contender = peer(plan.compiler)
+    yield _row(plan, "detect", contender, shape, _timed(plan, contender.call), limit)
     if plan.compile_mode is not None:
-        variants.insert(1, ("full decoder", folder, "image", True, False))
-    pictures: Any = None
-    for name, source, checker, compiled, early in variants:
-        truth, shown = eager_answers(source, bundle, config, runner.device, latent=checker == "latent")
-        if pictures is None:
-            pictures = shown
-        placement = Placement(plan.precision, compiled=compiled)
-        backend = GraphBackend(bundle, source, placement, runner)
-        detector = Detector(bundle, backend, config, checker=checker, early_exit=early)
-        verdict = detector.check(PROMPT, seed=SEED)
-        if verdict.detail is not None:
-            raise RuntimeError(f"{name} could not judge the request: {verdict.detail}")
-        error = float(np.abs(np.asarray(verdict.margins) - truth[: verdict.probes]).max())
-        call = detector_call(detector)
-        made.append(Contender(f"{verdict.backend}: {name}", call, MARGIN, error))
-    for compiler in (None, plan.compiler):
-        peer = Peer(model, plan.device, plan.dtype, one_step=True, compiler=compiler)
-        screen = peer.detect(bundle, config, PROMPT, seed=SEED)
-        made.append(Contender(peer.provider, screen, PIXEL, float(np.abs(screen() - pictures).max())))
+        yield ours("full decoder", folder, "image", compiled=True)
+
+
+def _size(bundle: Bundle) -> str:
     size = bundle.manifest.picture.size
-    yield from _rows(plan, "detect", made, f"{plan.detect} R1 P{plan.probes} {size}x{size}")
+    return f"{size}x{size}"
 
 
 def detector_call(detector: Detector) -> Callable[[], Any]:
@@ -150,8 +166,8 @@ def generation(plan: Plan, bundle: Bundle, model: Path, runner: Runner) -> Itera
     """Rows of one picture, from the prompt to the finished picture; the bundle's own solver and guidance."""
     scale, schedule = bundle.manifest.guidance_scale, bundle.manifest.schedule
     trajectory = Trajectory(plan.steps, scale, schedule.solver)
-    shape = bundle.manifest.picture.latents
-    noise = normals(SEED, Stream.LATENT, int(np.prod(shape)), probes=[0]).reshape(1, *shape)
+    latents = bundle.manifest.picture.latents
+    noise = normals(SEED, Stream.LATENT, int(np.prod(latents)), probes=[0]).reshape(1, *latents)
     folder = ModelFolder.open(model)
     tokenizer = PromptTokenizer(bundle.folder / "tokenizer", bundle.manifest.tokens)
     ids = np.stack([tokenizer.encode(text)[0] for text in ("", PROMPT)])
@@ -166,50 +182,60 @@ def generation(plan: Plan, bundle: Bundle, model: Path, runner: Runner) -> Itera
         return sampler.device, call
 
     exact = Peer(model, plan.device, torch.float32, one_step=False)
-    draw = exact.generate(PROMPT, noise, steps=plan.steps, guidance_scale=scale)
-    truth = draw()
-    made = []
-    for compiled in (False,) if plan.compile_mode is None else (False, True):
-        label, call = sampled(Placement(plan.precision, compiled=compiled))
-        made.append(Contender(label, call, DIFFUSERS, _gap(call(), truth)))
+    truth = exact.generate(PROMPT, noise, steps=plan.steps, guidance_scale=scale)()
     del exact
-    for compiler in (None, plan.compiler):
-        peer = Peer(model, plan.device, plan.dtype, one_step=False, compiler=compiler)
-        draw = peer.generate(PROMPT, noise, steps=plan.steps, guidance_scale=scale)
-        made.append(Contender(peer.provider, draw, DIFFUSERS, _gap(draw(), truth)))
-    size = bundle.manifest.picture.size
-    yield from _rows(plan, "generate", made, f"{plan.generate} N1 {plan.steps} steps {size}x{size}")
+    shape = f"{plan.generate} N1 {plan.steps} steps {_size(bundle)}"
+
+    def peer(compiler: Any) -> Contender:
+        made = Peer(model, plan.device, plan.dtype, one_step=False, compiler=compiler)
+        draw = made.generate(PROMPT, noise, steps=plan.steps, guidance_scale=scale)
+        return Contender(made.provider, draw, DIFFUSERS, _gap(draw(), truth))
+
+    def ours(*, compiled: bool) -> Contender:
+        label, call = sampled(Placement(plan.precision, compiled=compiled))
+        return Contender(label, call, DIFFUSERS, _gap(call(), truth))
+
+    plain = peer(None)
+    times = _timed(plan, plain.call)
+    limit = percentiles(times)["p50_ms"]
+    yield _row(plan, "generate", plain, shape, times, limit)
+    made: list[Callable[[], Contender]] = [lambda: ours(compiled=False), lambda: peer(plan.compiler)]
+    if plan.compile_mode is not None:
+        made.append(lambda: ours(compiled=True))
+    for make in made:
+        contender = make()
+        yield _row(plan, "generate", contender, shape, _timed(plan, contender.call), limit)
 
 
 def _gap(one: Any, two: Any) -> float:
     return float(np.abs(one - two).max())
 
 
-def _rows(plan: Plan, stage: str, made: Sequence[Contender], shape: str) -> Iterator[Row]:
-    """Rounds over all contenders, the first two not kept; `x_diffusers` is against the plain pipeline."""
-    times: dict[str, list[float]] = {item.provider: [] for item in made}
-    for turn in range(plan.repeats + 2):
-        for item in made:
-            start = time.perf_counter()
-            item.call()
-            if turn >= 2:
-                times[item.provider].append((time.perf_counter() - start) * 1e3)
-    plain = next(item.provider for item in made if "plain" in item.provider)
-    limit = percentiles(times[plain])["p50_ms"]
-    for item in made:
-        found = percentiles(times[item.provider])
-        yield Row(
-            stage=stage,
-            provider=item.provider,
-            threads=torch.get_num_threads(),
-            batch=1,
-            shape=shape,
-            refcheck=item.refcheck,
-            refcheck_error=item.error,
-            command=COMMAND,
-            x_diffusers=limit / found["p50_ms"],
-            **found,
-        )
+def _timed(plan: Plan, call: Callable[[], Any]) -> list[float]:
+    """Milliseconds of every call but the first two."""
+    times = []
+    for _ in range(plan.repeats + 2):
+        start = time.perf_counter()
+        call()
+        times.append((time.perf_counter() - start) * 1e3)
+    return times[2:]
+
+
+def _row(plan: Plan, stage: str, item: Contender, shape: str, times: Sequence[float], plain_ms: float) -> Row:
+    """A row; `x_diffusers` is against the plain pipeline of the same run."""
+    found = percentiles(times)
+    return Row(
+        stage=stage,
+        provider=item.provider,
+        threads=torch.get_num_threads(),
+        batch=1,
+        shape=shape,
+        refcheck=item.refcheck,
+        refcheck_error=item.error,
+        command=COMMAND,
+        x_diffusers=plain_ms / found["p50_ms"],
+        **found,
+    )
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -230,20 +256,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _measure(plan: Plan, work: Path, scratch: Path, given: argparse.Namespace) -> int:
-    """All parts asked for. What is measured is kept after each, since a step of `make gpu` may be cut
+    """All parts asked for. Every row is kept as soon as it is there, since a step of `make gpu` may be cut
     off.
     """
     runner = open_runner(plan.device)
     torch.backends.cudnn.allow_tf32 = False  # the float32 that all are compared with is float32
-    rows: list[Row] = []
-    parts: dict[str, list[tuple[str, float, float]]] = {}
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     if given.only != "generate":
         model = model_folder(plan.detect, work)
         bundle = bare_bundle(model, scratch / "detect")
         if given.only != "stages":
-            rows += detection(plan, bundle, model, runner)
-            _keep(plan, given.out, rows)
+            _keep(plan, given.out, "detect", detection(plan, bundle, model, runner))
         if given.only != "detect":
             parts = staged(
                 runner, bundle, model, precision=plan.precision, probes=plan.probes, peak=plan.peak
@@ -251,23 +274,26 @@ def _measure(plan: Plan, work: Path, scratch: Path, given: argparse.Namespace) -
             _keep_stages(plan, given.out, parts)
     if given.only in (None, "generate"):
         model = model_folder(plan.generate, work)
-        rows += generation(plan, bare_bundle(model, scratch / "generate"), model, runner)
-        _keep(plan, given.out, rows)
+        bundle = bare_bundle(model, scratch / "generate")
+        _keep(plan, given.out, "generate", generation(plan, bundle, model, runner))
     if plan is REHEARSAL:
         print("rehearsal: no figures")
-    else:
-        print(f"safelight: {len(rows)} rows in {given.out}", file=sys.stderr)
     return 0
 
 
-def _keep(plan: Plan, out: Path, rows: Sequence[Row]) -> None:
-    """Print the rows and, but for a rehearsal, write them."""
+def _keep(plan: Plan, out: Path, part: str, rows: Iterator[Row]) -> None:
+    """Print each row as it comes and, but for a rehearsal, write those so far."""
+    kept: list[Row] = []
     for row in rows:
-        x = "" if row.x_diffusers is None else f"{row.x_diffusers:6.2f} x plain diffusers"
-        print(f"{row.stage:9}{row.provider:72}{row.p50_ms:10.2f} ms {x}   error {row.refcheck_error:.1e}")
-    if plan is not REHEARSAL:
-        gpu = Gpu.here()
-        write(out / f"{gpu.slug}-detect.csv", gpu, rows)
+        kept.append(row)
+        print(
+            f"{row.stage:9}{row.provider:72}{row.p50_ms:10.2f} ms {row.x_diffusers:6.2f} x plain diffusers   "
+            f"error {row.refcheck_error:.1e}",
+            flush=True,
+        )
+        if plan is not REHEARSAL:
+            gpu = Gpu.here()
+            write(out / f"{gpu.slug}-{part}.csv", gpu, kept)
 
 
 def _keep_stages(plan: Plan, out: Path, parts: dict[str, list[tuple[str, float, float]]]) -> None:

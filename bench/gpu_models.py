@@ -35,9 +35,10 @@ def model_folder(architecture: str, work: Path) -> Path:
     from safelight.export.synth import synth
 
     target = work / architecture
-    if target.is_dir():
+    if not target.is_dir():
+        synth(architecture, target)
+    if (target / "latent_checker").is_dir():
         return target
-    synth(architecture, target)
     folder = ModelFolder.open(target)
     config = folder.config("unet")
     concepts, _ = folder.shape("safety_checker", "concept_embeds")

@@ -34,23 +34,21 @@ class Cuda:
     @classmethod
     def open(cls) -> "Cuda":
         """Raises BackendUnavailable where there is no runtime, no driver or no GPU."""
-        library = next(filter(None, map(_load, _names())), None)
-        if library is None:
+        reasons: list[str] = []
+        for library in filter(None, map(_load, _names())):  # the newest may be too new for the driver
+            if why := _unusable(library):
+                reasons.append(why)
+            else:
+                return cls(library)
+        if not reasons:
             raise BackendUnavailable(
                 f"tensorrt: no CUDA runtime (libcudart.so.{MAJORS[0]} or .{MAJORS[1]}) was found, and "
-                "engines run on "
-                "a GPU only; do: pip install nvidia-cuda-runtime, and install NVIDIA's driver"
+                "engines run on a GPU only; do: pip install nvidia-cuda-runtime, and install NVIDIA's driver"
             )
-        count = ctypes.c_int(0)
-        code = library.cudaGetDeviceCount(ctypes.byref(count))
-        if code != 0 or count.value < 1:
-            library.cudaGetErrorString.restype = ctypes.c_char_p
-            why = library.cudaGetErrorString(code).decode() if code else "none is visible"
-            raise BackendUnavailable(
-                f"tensorrt: no usable CUDA device ({why}), and engines run on a GPU only; do: nvidia-smi, "
-                "and use a machine whose GPU and driver it shows"
-            )
-        return cls(library)
+        raise BackendUnavailable(
+            f"tensorrt: no usable CUDA device ({'; '.join(dict.fromkeys(reasons))}), and engines run on a "
+            "GPU only; do: nvidia-smi, and use a machine whose GPU and driver it shows"
+        )
 
     def _call(self, name: str, *arguments: Any) -> None:
         code = getattr(self._library, name)(*arguments)
@@ -141,6 +139,16 @@ class Cuda:
     def destroy_graph(self, graph: int) -> None:
         """Let go of a graph."""
         self._call("cudaGraphExecDestroy", ctypes.c_void_p(graph))
+
+
+def _unusable(library: Any) -> str:
+    """Why this runtime finds no GPU; empty where it finds one."""
+    count = ctypes.c_int(0)
+    code = library.cudaGetDeviceCount(ctypes.byref(count))
+    if code:
+        library.cudaGetErrorString.restype = ctypes.c_char_p
+        return str(library.cudaGetErrorString(code).decode())
+    return "" if count.value else "none is visible"
 
 
 def _load(name: str) -> Any:

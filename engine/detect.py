@@ -14,6 +14,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+import numpy as np
+
 from safelight.engine.backends import Backend, open_backend
 from safelight.engine.bundle import Bundle, open_bundle
 from safelight.engine.image_probes import ImageProbes
@@ -84,6 +86,8 @@ class Detector:
         threads: int | None = None,
         device: str | None = None,
         precision: str | None = None,
+        compiled: bool = False,
+        kernels: str | Path | None = None,
         timeout_s: float | None = None,
         early_exit: bool = True,
     ) -> "Detector":
@@ -95,10 +99,12 @@ class Detector:
         which needs no pictures; or a `cascade`, in which the image checker looks at those of which the latent
         checker is unsure and on which the vote hangs (the rest keep the latent checker's margins). `model` is
         the weights folder of the torch backend, `device` (`cpu`, `cuda`, `cuda:N`) where it runs, and
-        `precision` (`float16`, `bfloat16`, `float32`) what its networks compute in on a GPU. A check that
-        takes longer than `timeout_s` seconds is blocked. `early_exit` stops once the vote is decided and
-        never changes it; without it all doubts are resolved. Raises BundleError, BackendUnavailable, and
-        ValueError for settings out of range.
+        `precision` (`float16`, `bfloat16`, `float32`) what its networks compute in on a GPU; `compiled` has
+        torch.compile work on them, and `kernels` is a folder of `safelight kernels build`, with which no
+        kernel is compiled here. A check that takes longer than `timeout_s` seconds is blocked: a service
+        calls `warm_up` before its first one. `early_exit` stops once the vote is decided and never changes
+        it; without it all doubts are resolved. Raises BundleError, BackendUnavailable, and ValueError for
+        settings out of range.
         """
         opened = open_bundle(bundle)
         if steps in (None, 1) and not opened.manifest.distilled:
@@ -116,6 +122,8 @@ class Detector:
             threads=threads,
             device=device,
             precision=precision,
+            compiled=compiled,
+            kernels=None if kernels is None else Path(kernels),
         )
         return cls(
             opened,
@@ -126,6 +134,32 @@ class Detector:
             timeout_s=timeout_s,
             early_exit=early_exit,
         )
+
+    @property
+    def backend(self) -> Backend:
+        """The runtime that it was opened on: a generator on the same one shares what that has loaded."""
+        return self._backend
+
+    def warm_up(self, *, pictures: bool = False) -> float:
+        """Do now what the first check of a prompt would have to do: plan, allocate, on a GPU compile and
+        capture. Returns the seconds that it took.
+
+        `pictures` does the same for `check_image`. Neither draws on a policy nor gives a verdict; whatever
+        goes wrong is raised as it is.
+        """
+        start = time.monotonic()
+        with self._lock:
+            self._check_open()
+            ids, truncated = self._tokenizer.encode("")
+            for chunk in self._chunks():
+                looks = self._model.look([Request(ids, 0, truncated)], chunk)
+                if self.checker == "cascade" and looks.latents is not None:
+                    self._model.resolve(np.asarray(looks.latents[0]))
+            if pictures:
+                self._pictures = self._pictures or ImageProbes(self._backend, self.bundle.manifest)
+                blank = np.zeros((*[self.bundle.manifest.picture.size] * 2, 3), dtype=np.uint8)
+                self._pictures.look(blank, ProbeConfig(count=self.probe.count), seed=0)
+        return time.monotonic() - start
 
     def check(self, prompt: str, *, seed: int | None = None) -> Verdict:
         """The verdict on a prompt. `seed`, in [0, 2**64), repeats it and lets an attacker predict it; None

@@ -77,18 +77,21 @@ class Generator:
         cls,
         bundle: str | Path | Bundle = "shapes",
         *,
-        backend: str = "onnxruntime",
+        backend: str | None = None,
         detector: Detector | None = None,
         model: str | Path | None = None,
         threads: int | None = None,
         device: str | None = None,
         precision: str | None = None,
+        compiled: bool = False,
+        kernels: str | Path | None = None,
     ) -> "Generator":
-        """Open a bundle on a backend. Without `detector` one is opened on the same bundle, with its own
-        settings.
+        """Open a bundle on a backend, `onnxruntime` where none is named. Without `detector` one is opened
+        with it, on the same runtime, with the bundle's own settings.
 
-        A detector that is given must be of the same bundle, and stays the caller's to close. Raises as
-        `Detector.open`.
+        A detector that is given must be of the same bundle, and stays the caller's to close; where no backend
+        is named the generator runs on the detector's, and shares what that has loaded. The rest is as for
+        `Detector.open`. Raises as that does.
         """
         opened = open_bundle(bundle)
         if detector is not None and detector.bundle_id != opened.manifest.bundle_id:
@@ -96,11 +99,24 @@ class Generator:
                 f"the detector is of bundle {detector.bundle_id}, not {opened.manifest.bundle_id}; open both "
                 "on one bundle"
             )
-        folder = None if model is None else Path(model)
-        place: dict[str, Any] = {"threads": threads, "device": device, "precision": precision}
-        runtime = open_backend(backend, opened, model=folder, **place)
-        guard = detector or Detector.open(opened, backend=backend, model=model, **place)
-        return cls(opened, runtime, guard, owned=detector is None)
+        place: dict[str, Any] = {
+            "model": None if model is None else Path(model),
+            "threads": threads,
+            "device": device,
+            "precision": precision,
+            "compiled": compiled,
+            "kernels": None if kernels is None else Path(kernels),
+        }
+        if detector is None:
+            guard = Detector.open(opened, backend=backend or "onnxruntime", **place)
+            return cls(opened, guard.backend, guard, owned=True)
+        if backend is not None:
+            return cls(opened, open_backend(backend, opened, **place), detector, owned=False)
+        if given := [name for name, value in place.items() if value]:
+            raise ValueError(
+                f"{', '.join(given)}: says where another backend than the detector's runs; name that backend"
+            )
+        return cls(opened, detector.backend, detector, owned=False)
 
     def generate(
         self,

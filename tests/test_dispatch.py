@@ -119,26 +119,33 @@ def test_a_variant_s_parts_must_fit_together() -> None:
         dataclasses.replace(right, aligned=("y",))
 
 
-def served(dtype: torch.dtype) -> dict[str, Any]:
-    """Calls of an engine that serves R = 2, P = 8 at 512 px: the operation's arguments by its name."""
-    requests, probes, half = 2, 8, {"dtype": dtype}
+SERVED = {"512 px": (1024, 64, 8), "256 px": (768, 32, 16), "shapes": (64, 8, 8), "many": (64, 8, 64)}
+
+
+def served(dtype: torch.dtype, what: str) -> dict[str, Any]:
+    """Calls of an engine that serves two requests: the operation's arguments by its name. `what` is a key of
+    SERVED: the width of a text, the edge of latents, the number of probes.
+    """
+    width, edge, probes = SERVED[what]
+    requests, half = 2, {"dtype": dtype}
     seeds, angle = torch.zeros(requests, dtype=torch.int64), torch.ones(requests)
     numbers, finite = torch.arange(probes), torch.ones(requests, probes, dtype=torch.bool)
-    hidden, latents = torch.empty(requests, 77, 1024, **half), torch.empty(requests, probes, 4, 64, 64)
-    answers = torch.empty(requests, probes, 4, 64, 64, **half)
+    hidden = torch.empty(requests, 77, width, **half)
+    latents = torch.empty(requests, probes, 4, edge, edge)
+    answers = torch.empty(requests, probes, 4, edge, edge, **half)
     need = torch.ones(requests, dtype=torch.int64)
     known = fused.Concepts(torch.ones(17, 768), torch.ones(17), torch.ones(3, 768), torch.ones(3))
     sampled = {"x": latents[:, 0], "x0_prev": latents[:, 1], "scale": angle, "table": torch.ones(25, 6)}
     sampled |= {"step": torch.zeros(1, dtype=torch.int64)}
-    branches = torch.empty(3, requests, 4, 64, 64, **half)
+    branches = torch.empty(3, requests, 4, edge, edge, **half)
     mask = torch.ones(requests, 77, dtype=torch.bool)
     turning = {"seeds": seeds, "angle": angle, "numbers": numbers}
     prompt, start = fused.Directions(Stream.PROMPT_U), fused.Directions(Stream.LATENT_U)
-    pictures = torch.empty(requests * probes, 3, 512, 512, **half)
+    pictures = torch.empty(requests * probes, 3, 8 * edge, 8 * edge, **half)
     normal = {"size": 224, "mean": torch.zeros(3), "deviation": torch.ones(3), "finite": finite}
     return {
         "probe_rotate": turning | {"z": hidden, "directions": prompt, "mask": mask, "finite": finite},
-        "probe_latents": turning | {"shape": (4, 64, 64), "directions": start},
+        "probe_latents": turning | {"shape": (4, edge, edge), "directions": start},
         "guidance_step": sampled | {"answers": branches, "strength": angle, "threshold": angle},
         "latent_to_x0": {"latents": latents, "answers": answers, "x0_z": 1, "x0_out": 1, "finite": finite},
         "clip_input": normal | {"decoded": pictures.contiguous(memory_format=torch.channels_last)},
@@ -151,14 +158,15 @@ def served(dtype: torch.dtype) -> dict[str, Any]:
 @WITH_TRITON
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("operation", OPERATIONS)
+@pytest.mark.parametrize("what", SERVED)
 def test_every_call_that_is_served_has_a_variant_and_the_grid_of_its_rule(
-    operation: str, dtype: torch.dtype
+    operation: str, dtype: torch.dtype, what: str
 ) -> None:
     from safelight.kernels.triton.kernel import Kernel, Variant
     from safelight.kernels.triton.launch import use_runner
 
     started: list[tuple[str, str]] = []
-    named = {"requests": 2, "pictures": 16, "ceil": math.ceil}
+    named = {"requests": 2, "pictures": 2 * SERVED[what][2], "ceil": math.ceil}
 
     def run(kernel: Kernel, variant: Variant, grid: tuple[int, int, int], given: Mapping[str, Any]) -> None:
         parameters = [name for name, kind in variant.signature.items() if kind != "constexpr"]
@@ -168,7 +176,7 @@ def test_every_call_that_is_served_has_a_variant_and_the_grid_of_its_rule(
         started.append((kernel.name, variant.name))
 
     with use_runner(run):
-        dispatch.load(operation, "triton")(**served(dtype)[operation])
+        dispatch.load(operation, "triton")(**served(dtype, what)[operation])
     expected = {
         "probe_rotate": ["probe_rotate"],
         "probe_latents": ["probe_rotate"],
@@ -211,7 +219,7 @@ def test_a_kernel_starts_on_the_device_of_its_tensors(monkeypatch: pytest.Monkey
 def test_a_call_that_nothing_was_built_for_is_refused() -> None:
     from safelight.kernels.triton.launch import use_runner
 
-    call = served(torch.float16)["latent_to_x0"]
+    call = served(torch.float16, "512 px")["latent_to_x0"]
     for name in ("latents", "answers"):  # 60 elements a probe, and variants promise multiples of 16
         call[name] = call[name][..., :5, :3].contiguous()
     with (

@@ -311,7 +311,7 @@ def test_an_own_detector_is_closed_with_the_generator_a_given_one_is_not(tiny_bu
     with pytest.raises(SafelightError, match="closed; open another"):
         generator.generate("a red star", steps=2)
     with Detector.open(tiny_bundle, threads=1) as given:
-        with Generator.open(tiny_bundle, detector=given, threads=1) as generator:
+        with Generator.open(tiny_bundle, detector=given) as generator:
             assert generator.detector is given
         assert given.check("a red star", seed=1).margins == verdict.margins
 
@@ -321,7 +321,7 @@ def test_a_detector_of_another_bundle_guards_nothing(tiny_bundle: Path, tmp_path
     manifest = Manifest.load(other)
     replace(manifest, guidance_scale=2.0).write(other)
     with Detector.open(other, threads=1) as detector, pytest.raises(ValueError, match="open both on one"):
-        Generator.open(tiny_bundle, detector=detector, threads=1)
+        Generator.open(tiny_bundle, detector=detector)
 
 
 def test_a_closed_generator_draws_nothing(tiny_bundle: Path) -> None:

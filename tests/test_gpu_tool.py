@@ -61,6 +61,17 @@ def test_every_file_with_a_test_for_a_gpu_is_run_and_limits_add_up(gpu: ModuleTy
     assert sum(item.limit_s for item in made) <= gpu.LIMIT_S < 480
 
 
+def test_what_lies_on_the_callers_path_is_there_for_every_step(
+    gpu: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """diffusers may be carried along in a folder of its own."""
+    (tmp_path / "carried.py").touch()
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setattr(gpu, "complaint", lambda: None)
+    monkeypatch.setattr(gpu, "steps", lambda: [step(gpu, "import carried, safelight.bench.gpu_rows")])
+    assert gpu.main() == 0
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU, and everything would run")
 def test_without_a_gpu_it_says_so() -> None:
     command = [sys.executable, "-P", str(ROOT / "tools/gpu.py")]

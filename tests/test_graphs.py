@@ -8,6 +8,7 @@ import math
 import threading
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -23,14 +24,15 @@ from safelight.engine.backends import open_backend, shape_of
 from safelight.engine.bundle import Bundle
 from safelight.engine.detect import Detector
 from safelight.engine.eager import load_detector, load_graph, load_latent_detector
+from safelight.engine.generate import Generator
 from safelight.engine.graphs.backend import GraphBackend
 from safelight.engine.graphs.one_launch import OneLaunchModel
 from safelight.engine.graphs.placed import KEPT, PlacedFolder, Placement
-from safelight.engine.graphs.program import PLANS
+from safelight.engine.graphs.program import PLANS, Plans, Program
 from safelight.engine.graphs.runner import Processor, _Memory
 from safelight.engine.graphs.sampling import GraphSampler
 from safelight.engine.graphs.screening import LatentScreening, PictureScreening
-from safelight.engine.graphs.slab import Slab, bucket
+from safelight.engine.graphs.slab import Slab
 from safelight.engine.graphs.stage import detector_kept, part_body
 from safelight.engine.model_folder import ModelFolder
 from safelight.engine.neighbourhood import Request
@@ -205,13 +207,66 @@ def test_a_detection_is_one_launch(bundle: Bundle, graphs: GraphBackend) -> None
         assert [kind for kind, _ in runner.copies] == ["in", "out"] and runner.finished == 1
 
 
-def test_plans_beyond_the_limit_are_forgotten_oldest_first(bundle: Bundle, graphs: GraphBackend) -> None:
-    model: Any = graphs.one_step(ProbeConfig(count=64), latent=True)
-    made = [model._plans.of(1, bucket(probes)) for probes in range(1, 64)]
-    assert len({id(program) for program, _ in made}) == 12
-    for requests in range(2, 7):
-        model._plans.of(requests, 1)
-    assert len(model._plans._kept) == PLANS and (1, 1) not in model._plans._kept
+def test_plans_beyond_the_limit_are_forgotten_the_least_recently_used_first() -> None:
+    made: list[tuple[int, ...]] = []
+
+    def make(*lengths: int) -> Any:
+        made.append(lengths)
+        return SimpleNamespace(result=lambda: None)
+
+    plans = Plans(make)
+    for number in range(PLANS):
+        plans.of(number, 1)
+    plans.of(0, 1)  # in use
+    plans.of(PLANS, 1)
+    assert len(plans._kept) == PLANS and (0, 1) in plans._kept and (1, 1) not in plans._kept
+    assert len(made) == PLANS + 1
+
+
+def test_the_shipped_policy_plans_each_length_once(bundle: Bundle, graphs: GraphBackend) -> None:
+    """Batches of 1 to 8 prompts, cut where a vote may be decided: nothing is forgotten and made again."""
+    with detector(bundle, graphs, ProbeConfig(count=8, threshold=0.625), early_exit=True) as one:
+        model: Any = one._model
+        for _ in range(2):
+            for count in range(1, 9):
+                one.check_batch([PROMPTS[at % 5] for at in range(count)], seed=list(range(count)))
+        kept = dict(model._plans._kept)
+        one.check_batch(PROMPTS, seed=1)
+        assert kept.keys() == model._plans._kept.keys() and len(kept) < PLANS
+
+
+@pytest.mark.parametrize("checker", ["image", "latent", "cascade"])
+def test_a_warm_up_plans_what_a_check_runs(
+    bundle: Bundle, folder: ModelFolder, checker: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So that a first check with a time limit does not pay for compiling."""
+    made = []
+    record = Program.record
+    monkeypatch.setattr(Program, "record", lambda self, *bodies: made.append(self) or record(self, *bodies))
+    graphs = GraphBackend(bundle, folder, Placement("float32"), Noted())
+    with detector(bundle, graphs, ProbeConfig(count=8), checker=checker, early_exit=True) as one:
+        assert one.warm_up() > 0
+        before = len(made)
+        assert before > 0 and one.evaluated == 0
+        assert one.check(PROMPTS[0], seed=1).detail is None
+        assert len(made) == before
+
+
+def test_a_generator_on_its_detectors_backend_shares_the_networks(
+    bundle: Bundle, folder: ModelFolder
+) -> None:
+    graphs = GraphBackend(bundle, folder, Placement("float32"), Noted())
+    with (
+        detector(bundle, graphs, ProbeConfig(count=2)) as one,
+        Generator.open(bundle, detector=one) as generator,
+    ):
+        assert one.backend is graphs and generator._sampler.device == graphs.label
+        assert generator.generate("a red star", steps=1, seed=1, probe_seed=1).verdict.backend == graphs.label
+    with (
+        detector(bundle, graphs, ProbeConfig(count=2)) as one,
+        pytest.raises(ValueError, match="threads: says"),
+    ):
+        Generator.open(bundle, detector=one, threads=1)
 
 
 def test_crops_runs_on_the_sampler_of_the_device(bundle: Bundle, graphs: GraphBackend, eager: Any) -> None:

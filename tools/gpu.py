@@ -1,8 +1,9 @@
 """What can only be known on a GPU: the tests marked `gpu`, a memory checker, and measurements of the machine.
 
 `make gpu`, or `python3 tools/gpu.py`. Runs from the checkout with the interpreter it is started by, and
-installs nothing: that one needs torch with CUDA, triton and pytest. Every step has a limit, all together 8
-minutes; the last line says what failed. Rows are in bench/results.
+installs nothing: that one needs what `NEEDED` names, torch with CUDA, and diffusers to measure detection (on
+PYTHONPATH, say). Every step has a limit, all together 8 minutes; the last line says what failed. Rows are in
+bench/results.
 """
 
 import os
@@ -17,7 +18,8 @@ from importlib.util import find_spec
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-NEEDED = ("torch", "triton", "numpy")
+NEEDED = ("torch", "triton", "numpy", "click", "tokenizers", "transformers", "pytest")
+MODELS = "out/gpu"  # full-size models with random weights, made once for all steps
 LIMIT_S = 470
 MARKED = ("mark.gpu", "triton_body")  # files with either hold tests for a GPU; the second is a fixture
 
@@ -44,19 +46,21 @@ def steps() -> list[Step]:
     workers = ("-n", str(min(8, os.cpu_count() or 1))) if find_spec("xdist") else ()
     rehearsal = (*python, "-m", "safelight.bench.kernels", "--rehearse")
     made = [
-        Step("tests", (*python, "-m", "pytest", "-q", "-m", "gpu", *workers, *marked), 150),
-        Step("kernels", (*python, "-m", "safelight.bench.kernels"), 90),
+        Step("tests", (*python, "-m", "pytest", "-q", "-m", "gpu", *workers, *marked), 130),
+        Step("kernels", (*python, "-m", "safelight.bench.kernels"), 80),
     ]
     if find_spec("diffusers"):
-        made.append(Step("detection", (*python, "-m", "safelight.bench.gpu_detect"), 160))
+        measure = (*python, "-m", "safelight.bench.gpu_detect", "--work", MODELS, "--only")
+        for part, limit_s in (("detect", 120), ("stages", 40), ("generate", 50)):
+            made.append(Step(part, (*measure, part), limit_s))
     else:
         print(f"safelight: {sys.executable} has no diffusers; detection is not measured", file=sys.stderr)
     if checker := shutil.which("compute-sanitizer"):
         # each tensor in an allocation of its own, or an access past its end would be inside torch's block
         alone = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-        made.append(Step("memory checker", (checker, "--error-exitcode", "9", *rehearsal), 70, alone))
+        made.append(Step("memory checker", (checker, "--error-exitcode", "9", *rehearsal), 50, alone))
     else:
-        made.append(Step("rehearsal, since compute-sanitizer is not on the path", rehearsal, 70))
+        made.append(Step("rehearsal, since compute-sanitizer is not on the path", rehearsal, 50))
     return made
 
 
@@ -72,8 +76,6 @@ def complaint() -> str | None:
 
 def outcome(step: Step, limit_s: float, environment: Mapping[str, str]) -> str:
     """Run a step to its end, or end all of it at the limit; returns `done`, or what went wrong."""
-    if "pytest" in step.command and find_spec("pytest") is None:
-        return f"{sys.executable} has no pytest"
     variables = {**environment, **step.variables}
     with subprocess.Popen(step.command, cwd=ROOT, env=variables, start_new_session=True) as process:
         try:
@@ -92,7 +94,9 @@ def main() -> int:
         print(f"safelight: {why}", file=sys.stderr)
         return 2
     subprocess.run([sys.executable, str(ROOT / "tools/devlinks.py")], check=True)
-    environment = os.environ | {"PYTHONPATH": str(ROOT / ".dev"), "PYTHONUNBUFFERED": "1"}
+    # what lies on the caller's path stays there, behind the checkout
+    path = os.pathsep.join(filter(None, (str(ROOT / ".dev"), os.environ.get("PYTHONPATH"))))
+    environment = os.environ | {"PYTHONPATH": path, "PYTHONUNBUFFERED": "1"}
     environment.pop("TRITON_INTERPRET", None)
     start, failed = time.monotonic(), []
     for step in steps():

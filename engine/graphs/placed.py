@@ -83,6 +83,9 @@ class PlacedFolder(ModelFolder):
 
     @staticmethod
     def _compile(network: Any) -> None:
-        """Compile in place what is called: `forward`, or the decoder inside an autoencoder."""
+        """Compile in place what is called: `forward`, or the decoder inside an autoencoder.
+
+        Without autotuning, which takes minutes a network; the whole is captured as one graph anyway.
+        """
         target = getattr(network, "decoder", network)
-        target.compile(mode="max-autotune-no-cudagraphs", dynamic=False)
+        target.compile(dynamic=False)

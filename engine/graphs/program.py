@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from safelight.engine.graphs.runner import Body, Runner, taken
 from safelight.engine.graphs.slab import Layout, Slab, fill
 
-PLANS = 16  # programs that one owner keeps, each with its buffers and its graphs
+PLANS = 64  # programs that one owner keeps, each with its buffers and its graphs
 
 
 class Program:
@@ -74,7 +74,9 @@ class Program:
 
 
 class Plans:
-    """Programs by their lengths, made when they are first needed; beyond `PLANS` the oldest is forgotten."""
+    """Programs by their lengths, made when they are first needed; beyond `PLANS` the least recently used is
+    forgotten.
+    """
 
     def __init__(self, make: Callable[..., Program]) -> None:
         self._make = make
@@ -87,6 +89,7 @@ class Plans:
                 self._kept.popitem(last=False)
             program = self._make(*lengths)
             self._kept[lengths] = program, program.result()
+        self._kept.move_to_end(lengths)
         return self._kept[lengths]
 
     def clear(self) -> None:

@@ -19,7 +19,7 @@ from safelight.errors import ShapeError
 from safelight.manifest import GraphEntry, TensorSpec
 
 BATCH = "batch"
-PLANS = 16  # lengths that a stage is planned for at a time
+PLANS = 64  # lengths that a stage is planned for at a time
 
 Bodies = Callable[[Mapping[str, Tensor], Mapping[str, Tensor]], None]
 _Key = tuple[tuple[str, int], ...]

@@ -176,7 +176,7 @@ KERNEL = Kernel(
     variants=tuple(
         _vote_variant(element, probes, concepts, copied=copied)
         for element, copied in (("fp32", False), ("fp32", True), ("fp16", True), ("bf16", True))
-        for probes in (8, 16, 32)
+        for probes in (8, 16, 32, 64)
         for concepts in (4, 32)
     ),
     grid="(requests, 1, 1)",

@@ -131,7 +131,8 @@ KERNEL = Kernel(
         _variant(element, branches, parts, rescaled=rescaled)
         for element in ("fp16", "bf16", "fp32")
         for branches, rescaled in ((1, False), (2, False), (2, True), (3, False), (3, True))
-        for parts in ((16, 64) if branches == 3 or rescaled else (1,))
+        # latents of 8 x 8, 32 x 32, 64 x 64 and 128 x 128
+        for parts in ((1, 4, 16, 64) if branches == 3 or rescaled else (1,))
     ),
     grid="(ceil(n / BLOCK), requests, 1)",
 )

@@ -177,8 +177,8 @@ KERNEL = Kernel(
     variants=tuple(
         _variant(element, length, drawn=drawn, circular=circular)
         for drawn, lengths, elements in (
-            (False, (256, 1024, 2048), ("fp16", "bf16", "fp32")),
-            (True, (256, 16384, 65536), ("fp32",)),
+            (False, (64, 256, 1024, 2048), ("fp16", "bf16", "fp32")),
+            (True, (256, 4096, 16384, 65536), ("fp32",)),
         )
         for element in elements
         for length in lengths

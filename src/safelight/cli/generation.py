@@ -54,12 +54,10 @@ def generate(**options: Any) -> int:
     paths = _paths(output, len(prompts))
     from safelight.engine.generate import Generator
 
-    names = ("backend", "model", "threads", "device", "precision")
-    given = {name: options[name] for name in names if options.get(name) is not None}
     blocked = 0
     with (
         closing(open_detector(dict(options))) as detector,
-        closing(Generator.open(detector.bundle, detector=detector, **given)) as generator,
+        closing(Generator.open(detector.bundle, detector=detector)) as generator,
     ):
         for prompt, path in zip(prompts, paths, strict=True):
             made = generator.generate(prompt, **call)

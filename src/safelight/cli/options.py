@@ -29,6 +29,10 @@ def model_options(command: Command) -> Command:
             type=click.Choice(["float16", "bfloat16", "float32"]),
             help="Of the networks, on a GPU.",
         ),
+        click.option(
+            "--kernels", metavar="DIR", help="Of `kernels build`, on a GPU: nothing is compiled at serving."
+        ),
+        click.option("--compile", "compiled", is_flag=True, help="Have torch.compile work, on a GPU."),
         click.option("--device", help="Of the torch backend: cpu, cuda or cuda:N.  [default: cpu]"),
         click.option("--model", metavar="DIR", help="Weights folder, for the torch backend."),
         click.option(
@@ -87,7 +91,10 @@ def open_detector(options: dict[str, Any]) -> "Detector":
         name: options.pop(name, None) for name in ("kind", "target", "count", "angle_rad", "threshold")
     }
     changed = {name: value for name, value in changed.items() if value is not None}
-    names = ("backend", "model", "threads", "device", "precision", "timeout_s", "steps", "checker")
+    names = (
+        *("backend", "model", "threads", "device", "precision", "compiled", "kernels"),
+        *("timeout_s", "steps", "checker"),
+    )
     given = {name: options.pop(name, None) for name in names}
     given = {name: value for name, value in given.items() if value is not None}
     if changed:
