@@ -5,8 +5,10 @@ It looks at what is installed and runs nothing: should its choice not start, tha
 else is tried in its place.
 """
 
+import shlex
 import warnings
 from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 
 from safelight.engine.backends import SMALL
@@ -40,12 +42,16 @@ def choose(bundle: Bundle) -> Choice:
                 return Choice(tuned.winner, f"fastest of those that agree, measured in {path}")
         except BundleError as fault:
             reason = str(fault)
-        ignored = f"{path} is ignored: {reason}; do: safelight tune {bundle.folder}"
+        ignored = f"{path} is ignored: {reason}; do: {_tune(bundle)}"
         warnings.warn(ignored, RuntimeWarning, stacklevel=2)
     backend, why = _rule(bundle)
     if engines_folder(bundle.folder).is_dir():  # they are not float32 alone, so they need a proof
-        why += f"; its TensorRT engines take part once they are measured: safelight tune {bundle.folder}"
+        why += f"; its TensorRT engines take part once they are measured: {_tune(bundle)}"
     return Choice(backend, why, ignored)
+
+
+def _tune(bundle: Bundle) -> str:
+    return f"safelight tune {shlex.quote(bundle.name)}"
 
 
 def _rule(bundle: Bundle) -> tuple[str, str]:
@@ -60,8 +66,10 @@ def _rule(bundle: Bundle) -> tuple[str, str]:
 
 
 def _has_cuda() -> bool:
-    if find_spec("onnxruntime") is None:
+    """Whether onnxruntime is the package with the CUDA provider: read, not imported, for an import that
+    crashes is what the doctor looks for.
+    """
+    try:
+        return bool(version("onnxruntime-gpu"))
+    except PackageNotFoundError:
         return False
-    import onnxruntime
-
-    return "CUDAExecutionProvider" in onnxruntime.get_available_providers()

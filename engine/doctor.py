@@ -124,7 +124,7 @@ PROBES = (
     ),
     Probe("plot", "extra", "import matplotlib; print('matplotlib', matplotlib.__version__)", "plot"),
 )
-BACKENDS = tuple(probe.name for probe in PROBES if probe.kind == "backend")
+BACKENDS = tuple(probe.name for probe in PROBES if probe.kind in ("backend", "device"))
 
 
 def try_probe(probe: Probe, timeout_s: float = TIMEOUT_S) -> Finding:

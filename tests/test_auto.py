@@ -5,8 +5,10 @@
 
 import json
 import shutil
+import sys
 import warnings
 from dataclasses import replace
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 
 import pytest
@@ -117,6 +119,26 @@ def test_the_rule_takes_float32_and_says_why(bundle: Bundle, monkeypatch: pytest
         assert choose(large).backend == "onnxruntime"
         monkeypatch.setattr(auto, "_has_cuda", lambda: True)
         assert choose(large).backend == "onnxruntime:cuda"
+
+
+def test_what_is_installed_is_read_and_not_imported(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An onnxruntime-gpu that cannot be imported is the doctor's to report."""
+    asked = []
+
+    def version(name: str) -> str:
+        asked.append(name)
+        if len(asked) > 1:
+            raise PackageNotFoundError(name)
+        return "1.30.0"
+
+    monkeypatch.setattr(auto, "version", version)
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)  # any import of it raises
+    assert auto._has_cuda() and not auto._has_cuda() and asked == ["onnxruntime-gpu"] * 2
+
+
+def test_commands_are_what_a_shell_takes(bundle: Bundle) -> None:
+    assert auto._tune(Bundle(Path("/my bundles/a"), bundle.manifest)) == "safelight tune '/my bundles/a'"
+    assert auto._tune(open_bundle("shapes")) == "safelight tune shapes"
 
 
 def test_what_auto_chose_is_not_replaced_either(bundle: Bundle) -> None:

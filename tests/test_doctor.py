@@ -8,7 +8,7 @@ import pytest
 from click.testing import CliRunner
 
 from safelight.cli import main
-from safelight.engine import doctor
+from safelight.engine import auto, doctor
 from safelight.engine.doctor import BACKENDS, PROBES, Finding, Probe, cpu_flags, cpu_name, try_probe
 
 
@@ -92,7 +92,7 @@ from types import SimpleNamespace
 class Call:
     def __init__(self, answer): self.answer = answer
     def __call__(self, *arguments): return self.answer
-backend._flavours = lambda: (SimpleNamespace(name="tensorrt-rtx", version="1.7", load=lambda: None),)
+backend.installed_flavours = lambda: (SimpleNamespace(name="tensorrt-rtx", version="1.7", load=lambda: None),)
 cuda._load = lambda name: SimpleNamespace(
     cudaGetDeviceCount=Call(100), cudaGetErrorString=Call(b"no CUDA-capable device is detected"))
 """
@@ -139,13 +139,24 @@ def test_exit_code(arguments: list[str], code: int) -> None:
     result = CliRunner().invoke(main, ["doctor", *arguments])
     assert result.exit_code == code
     if code == 2:
-        there = ", ".join(BACKENDS)
+        there = ", ".join((*BACKENDS, "auto"))
         assert result.stderr == (
             f"safelight: no backend 'cuda'; there are {there}; see: safelight doctor --help\n"
         )
     else:
         assert "do: pip install 'safelight[torch]'" in result.stdout and result.stderr == ""
         assert result.stdout.count("usable") == 1 and result.stdout.count("missing") == 2
+
+
+@pytest.mark.usefixtures("findings")
+@pytest.mark.parametrize(("name", "code"), [("onnxruntime", 0), ("torch", 1), ("torch:cuda", 1)])
+def test_auto_is_usable_where_its_choice_is(name: str, code: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(auto, "choose", lambda bundle: auto.Choice(name, "why"))
+    if name == "torch:cuda":
+        made = (Finding("torch:cuda", "device", False, "finds no GPU", "nvidia-smi"),)
+        monkeypatch.setattr(doctor, "examine", lambda: made)
+    assert CliRunner().invoke(main, ["doctor", "--backend", "auto"]).exit_code == code
+    assert CliRunner().invoke(main, ["doctor", "--backend", name]).exit_code == code
 
 
 @pytest.mark.usefixtures("findings")

@@ -139,6 +139,14 @@ def test_a_plug_in_without_a_gpu_is_an_error(small: Bundle, monkeypatch: pytest.
     assert registered == [("NvTensorRTRTXExecutionProvider", "x.so")]
 
 
+def test_a_plug_in_that_cannot_be_loaded_is_an_error(small: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    """ONNX Runtime itself says so, by an exception of its own."""
+    plugin = SimpleNamespace(get_ep_name=lambda: "Nv", get_library_path=lambda: "/nowhere/x.so")
+    monkeypatch.setitem(sys.modules, "onnxruntime_ep_nv_tensorrt_rtx", plugin)
+    with pytest.raises(BackendUnavailable, match=r"Nv could not be loaded \(.*x\.so.*do: nvidia-smi"):
+        open_backend("onnxruntime:nv_tensorrt_rtx", small).stage("detector")
+
+
 def on_device(bundle: Bundle, graph: str, *, captured: bool = False) -> DeviceStage:
     """The stage for devices, with the processor as its device."""
     provider = Provider(CPU, "cpu", "onnxruntime")

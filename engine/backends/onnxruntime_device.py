@@ -16,7 +16,7 @@ from safelight.engine.backends import Array, axes_of, key_of, shape_of
 from safelight.errors import ShapeError
 from safelight.manifest import GraphEntry
 
-PLANS = 8  # sets of tensors that a stage keeps on the device
+PLANS = 32  # sets of tensors that a stage keeps on the device
 DeviceTensor = Any  # onnxruntime.OrtValue, which has no types
 
 
@@ -68,7 +68,8 @@ class DeviceStage:
         with self._turn:
             if key in self._plans:
                 return
-            if len(self._plans) >= PLANS:
+            # ONNX Runtime frees captured graphs with the session alone, so their tensors stay as well
+            if len(self._plans) >= PLANS and not self._graph:
                 del self._plans[next(iter(self._plans))]
             inputs, outputs = (
                 {

@@ -16,9 +16,16 @@ import onnxruntime as ort
 from safelight.errors import BackendUnavailable, BundleError
 
 CPU = "CPUExecutionProvider"
-# What takes the time. The rest, such as arithmetic on shapes, providers leave on the processor on purpose.
+# What computes on whole tensors. The rest, such as arithmetic on shapes, providers leave on the processor on
+# purpose.
 HEAVY = frozenset(
-    {"Conv", "FusedConv", "ConvTranspose", "MatMul", "FusedMatMul", "Gemm", "Attention", "Softmax"}
+    {
+        *("Conv", "FusedConv", "ConvTranspose", "MatMul", "FusedMatMul", "Gemm", "Attention"),
+        *("MultiHeadAttention", "Softmax", "LayerNormalization", "SkipLayerNormalization"),
+        *("SimplifiedLayerNormalization", "GroupNorm", "GroupNormalization", "InstanceNormalization"),
+        *("Gelu", "BiasGelu", "FastGelu", "QuickGelu", "Erf", "Sigmoid", "Tanh", "Resize", "Upsample"),
+        *("ReduceMean", "ReduceL2", "ReduceSumSquare", "AveragePool", "GlobalAveragePool", "MaxPool"),
+    }
 )
 _RECORD = "session.record_ep_graph_assignment_info"
 
@@ -70,10 +77,10 @@ def open_session(path: Path, provider: Provider, options: Any, *, backend: str) 
     if provider.name != CPU:
         options.add_session_config_entry(_RECORD, "1")
     devices = _devices(provider, backend)
-    if devices:
-        options.add_provider_for_devices(devices, dict(provider.settings))
     chosen = {} if devices else {"providers": [(provider.name, dict(provider.settings))]}
     try:
+        if devices:
+            options.add_provider_for_devices(devices, dict(provider.settings))
         with warnings.catch_warnings(record=True) as said:
             warnings.simplefilter("always")
             session: Any = ort.InferenceSession(path, options, **chosen)
@@ -109,9 +116,14 @@ def _devices(provider: Provider, backend: str) -> list[Any]:
     except ImportError as fault:
         raise BackendUnavailable(f"{backend}: {fault}; {remedy}") from fault
     name = plugin.get_ep_name()
-    if not any(device.ep_name == name for device in ort.get_ep_devices()):
-        ort.register_execution_provider_library(name, plugin.get_library_path())
-    devices = [device for device in ort.get_ep_devices() if device.ep_name == name]
+    try:
+        if not any(device.ep_name == name for device in ort.get_ep_devices()):
+            ort.register_execution_provider_library(name, plugin.get_library_path())
+        devices = [device for device in ort.get_ep_devices() if device.ep_name == name]
+    except Exception as fault:  # ONNX Runtime's own exceptions share no base class
+        raise BackendUnavailable(
+            f"{backend}: {name} could not be loaded ({fault}); {_mended(provider)}"
+        ) from fault
     if not devices:
         raise BackendUnavailable(
             f"{backend}: {name} finds no GPU that it runs on; do: nvidia-smi, and install its driver"

@@ -38,12 +38,14 @@ def doctor(backend: str | None, bundle: str, as_json: bool) -> int:
     which one `auto` takes for a bundle.
     """
     from safelight.engine.auto import choose
+    from safelight.engine.backends import AUTO
     from safelight.engine.bundle import open_bundle
     from safelight.engine.doctor import BACKENDS, examine, machine
 
-    if backend is not None and backend not in BACKENDS:
-        raise click.UsageError(f"no backend {backend!r}; there are {', '.join(BACKENDS)}")
+    if backend is not None and backend not in (*BACKENDS, AUTO):
+        raise click.UsageError(f"no backend {backend!r}; there are {', '.join((*BACKENDS, AUTO))}")
     choice = choose(open_bundle(bundle))
+    backend = choice.backend if backend == AUTO else backend
     about, findings = machine(), examine()
     if as_json:
         rows = [asdict(finding) for finding in findings]
