@@ -31,7 +31,11 @@ SHAPES = "shapes"
 @click.option("--temperature", type=float, help="Of teacher and student.  [default: 1]")
 @click.option("--alpha", type=float, help="Weight of explicit knowledge.  [default: 1]")
 @click.option("--beta", type=float, help="Weight of implicit knowledge.  [default: 0.5]")
-@click.option("--swap", is_flag=True, help="The cross-entropy goes behind the serial layer.")
+@click.option(
+    "--swap",
+    is_flag=True,
+    help="The cross-entropy goes behind the serial layer, which is better in the self-test of the losses.",
+)
 @click.option("--count", type=click.IntRange(1), help="Probes to learn from.  [default: 16384]")
 @click.option("--calibration", type=click.IntRange(1), help="Requests that set the band.  [default: 4096]")
 @click.option("--largest-rad", type=float, help="Largest angle of a probe to learn from.  [default: 0.8]")
