@@ -205,7 +205,9 @@ class _Run:
         if not path.exists():
             return
         try:
-            state = torch.load(path, weights_only=True, map_location=self.device)
+            # of several processes on processors each has a number, which torch does not know as a place
+            place = "cpu" if self.device.type == "cpu" else self.device
+            state = torch.load(path, weights_only=True, map_location=place)
             made_with = state["made_with"]
         except (OSError, RuntimeError, EOFError, KeyError, TypeError, pickle.UnpicklingError) as fault:
             raise SafelightError(

@@ -5,6 +5,9 @@ closed form, refusals.
 import csv
 import os
 import signal
+import socket
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -366,3 +369,56 @@ def test_a_loss_that_comes_late_is_refused_and_one_that_goes_is_nan(tmp_path: Pa
 def test_a_plan_out_of_range_is_refused(name: str, value: object) -> None:
     with pytest.raises(ValueError, match=f"^{name} "):
         replace(PLAN, **{name: value})
+
+
+TWO = """
+import os, runpy, signal, sys
+from pathlib import Path
+import torch
+toys = runpy.run_path(sys.argv[1])
+objective, interrupted = toys["Regression"](), len(sys.argv) > 3
+if interrupted and os.environ["RANK"] == "1":
+    objective.at = {4: "sigint"}
+try:
+    toys["run"](Path(sys.argv[2]), objective=objective)
+except KeyboardInterrupt:
+    print("stopped after", objective.seen[-1])
+torch.save(toys["weights"](objective), Path(sys.argv[2]) / f"weights-{os.environ['RANK']}.pt")
+"""
+
+
+def two_processes(work: Path, port: int, *words: str) -> list[str]:
+    work.mkdir(exist_ok=True)
+    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
+    made = [
+        subprocess.Popen(
+            [sys.executable, "-P", "-c", TWO, __file__, str(work), *words],
+            env=os.environ | shared | {"RANK": rank, "LOCAL_RANK": rank},
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for rank in ("0", "1")
+    ]
+    try:
+        said = [process.communicate(timeout=120)[0] for process in made]
+    finally:
+        for process in made:
+            process.kill()
+    assert [process.returncode for process in made] == [0, 0]
+    return said
+
+
+def test_of_two_processes_none_goes_on_alone(tmp_path: Path) -> None:
+    """One is interrupted; both stop behind the same step, and together they end as if nothing had been."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    assert two_processes(whole, port) == ["", ""]
+    assert two_processes(parts, port, "interrupted") == ["stopped after 4\n"] * 2
+    assert two_processes(parts, port) == ["", ""]
+    kept = [torch.load(work / f"weights-{rank}.pt") for work in (whole, parts) for rank in (0, 1)]
+    for other in kept[1:]:
+        assert all(
+            torch.equal(value, other[name]) for name, value in kept[0].items() if "running" not in name
+        )
