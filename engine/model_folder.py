@@ -92,7 +92,8 @@ class ModelFolder:
         if name in ("safety_checker", "feature_extractor") and self.index.get(name) in (None, [None, None]):
             raise BundleError(
                 f"{self.path / INDEX} names no {name}, and nothing runs without a safety checker; name a "
-                "folder that holds safety_checker and feature_extractor with --checker DIR"
+                "folder that holds safety_checker and feature_extractor with `safelight export --checker "
+                "DIR`; its --keep-model FOLDER becomes a model folder with both"
             )
         if not (self.path / name).is_dir():
             raise BundleError(f"{self.path / name} is missing; restore the folder, or save the model again")
