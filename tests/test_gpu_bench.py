@@ -62,3 +62,14 @@ def test_a_rehearsal_writes_nothing(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert said.strip().endswith("rehearsal: no figures") and list(tmp_path.iterdir()) == []
     for variant, count in (("full decoder", 8), ("tiny decoder", 8), ("latent checker", 6)):
         assert sum(line.startswith(variant) for line in said.splitlines()) == count
+
+
+@pytest.mark.parametrize(("part", "count"), [("detect", 6), ("generate", 3)])
+def test_every_contender_is_rehearsed_one_after_the_other(
+    part: str, count: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The plain pipeline first; each agrees with the eager definition where it is measured."""
+    assert main(["--rehearse", "--only", part, "--out", str(tmp_path)]) == 0
+    rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith(f"{part} ")]
+    assert len(rows) == count and "plain" in rows[0] and "  1.00 x plain diffusers" in rows[0]
+    assert all(float(line.rpartition(" ")[2]) < 1e-3 for line in rows) and list(tmp_path.iterdir()) == []
