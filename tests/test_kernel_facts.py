@@ -6,6 +6,7 @@ for one target and one of each for the others, and compared with the table's row
 
 import csv
 import os
+import re
 from pathlib import Path
 
 import pytest
@@ -30,6 +31,8 @@ WIDE = {
 }
 # variants that draw what they would load
 DRAWN = "probe_latents"
+# rows of 64 elements, two for each thread of the one warp that has them: as wide as that is
+SHORT = re.compile(r"probe_rotate_\w+?_64(_circular)?")
 NARROW = {
     "resize_axis": "the pixels under a filter begin anywhere, whatever the row is aligned to",
     "margin_vote": "a probe has a handful of margins, and they lie apart in the block",
@@ -81,6 +84,7 @@ def test_what_is_aligned_is_moved_16_bytes_at_once(rows: list[Facts]) -> None:
         for row in rows
         for way in WIDE.get(row.kernel, ())
         if not (way == "load" and row.variant.startswith(DRAWN)) and not getattr(row, f"{way}_128")
+        if not SHORT.fullmatch(row.variant)
     ]
     assert lacking == []
     assert all(row.aligned for row in rows if row.kernel in WIDE)
