@@ -220,10 +220,11 @@ def test_auto_does_not_hand_threads_to_a_gpu(bundle: Bundle, monkeypatch: pytest
 
 def test_small_is_what_the_lanes_call_small(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(auto, "gpus", lambda: ())
-    picture = replace(bundle.manifest.picture, latents=(4, 32, 32))
-    border = replace(bundle.manifest, picture=picture)
-    assert lanes_of(border, "detector", 2) == 2
-    assert choose(Bundle(bundle.folder, border)).backend == "onnxruntime"
+    for edge, lanes, backend in ((16, 2, "onnxruntime"), (32, 1, "openvino")):
+        picture = replace(bundle.manifest.picture, latents=(4, edge, edge))
+        border = replace(bundle.manifest, picture=picture)
+        assert lanes_of(border, "detector", 2) == lanes
+        assert choose(Bundle(bundle.folder, border)).backend == backend
 
 
 def test_tune_needs_a_prompt(bundle: Bundle) -> None:

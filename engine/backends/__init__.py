@@ -33,7 +33,7 @@ _NEEDS = {  # runtime -> what pip is asked for
     "torch": "safelight[torch]",
 }
 LANES = 8
-SMALL = 1024  # latents of at most this many pixels are small: 256 px pictures of the usual models
+SMALL = 256  # latents of at most this many pixels are small: 128 px pictures of the usual models
 
 
 class Stage(Protocol):
