@@ -8,6 +8,7 @@ last convolution, the margins. Knows no model.
 """
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import ml_dtypes
@@ -48,6 +49,20 @@ def lower(model: ir.Model, precision: str, *, emulate: bool = False) -> Lowered:
     if precision not in LOW:
         raise ValueError(f"precision must be one of {sorted(LOW)}; got {precision!r}")
     return _Pass(model, precision, emulate).run()
+
+
+def save_lowered(source: Path, precision: str, folder: Path) -> Path:
+    """Write the graph of a file, lowered, into `folder`, as `save_graph` does. Raises as `lower`."""
+    model = ir.load(source)
+    lower(model, precision)
+    return save_graph(model, folder)
+
+
+def save_graph(model: ir.Model, folder: Path) -> Path:
+    """Write a graph with its weights beside it. Returns the graph's path."""
+    path = folder / "model.onnx"
+    ir.save(model, path, external_data="model.onnx_data", size_threshold_bytes=1024)
+    return path
 
 
 class _Pass:

@@ -177,25 +177,15 @@ class OvBackend:
         own = folder / "graph.xml"
         if not own.exists():
             source = self._bundle.graph(graph)
-            low = settings["INFERENCE_PRECISION_HINT"] == "bf16"
             with TemporaryDirectory(dir=folder) as scratch:
-                read = self._core.read_model(_lowered(source, Path(scratch)) if low else source)
+                if settings["INFERENCE_PRECISION_HINT"] == "bf16":
+                    from safelight.engine.precision import save_lowered
+
+                    source = save_lowered(source, "bf16", Path(scratch))
+                read = self._core.read_model(source)
                 ov.save_model(read, own, compress_to_fp16=False)
                 del read  # it maps the files that go
         return self._core.compile_model(own, "CPU", settings)
-
-
-def _lowered(source: Path, folder: Path) -> Path:
-    """The graph with its products in bfloat16, written into `folder`."""
-    import onnx_ir as ir
-
-    from safelight.engine.precision import lower
-
-    model = ir.load(source)
-    lower(model, "bf16")
-    path = folder / "model.onnx"
-    ir.save(model, path, external_data="model.onnx_data", size_threshold_bytes=1024)
-    return path
 
 
 def _where(compiled: Any) -> tuple[list[str], str]:

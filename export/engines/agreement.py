@@ -15,7 +15,7 @@ import onnxruntime as ort
 
 from safelight.engine.backends import Array
 from safelight.engine.bundle import Bundle
-from safelight.engine.precision import lower
+from safelight.engine.precision import lower, save_graph
 from safelight.errors import ExportError
 from safelight.export.verify import DECISIONS, Case, draw
 from safelight.manifest import GraphEntry
@@ -57,13 +57,6 @@ def agreement(bundle: Bundle, graph: str, precision: str, scratch: Path) -> floa
             )
         worst = max(worst, share)
     return worst
-
-
-def save_graph(model: ir.Model, folder: Path) -> Path:
-    """Write a graph with its weights beside it. Returns the graph's path."""
-    path = folder / "model.onnx"
-    ir.save(model, path, external_data="model.onnx_data", size_threshold_bytes=1024)
-    return path
 
 
 def remove_graph(folder: Path) -> None:

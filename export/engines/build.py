@@ -42,11 +42,10 @@ from safelight.engine.engines.store import (
     write_entry,
 )
 from safelight.errors import BackendUnavailable, BundleError, ExportError, SafelightError
-from safelight.export.engines.agreement import agreement, remove_graph, save_graph
 from safelight.export.engines.compile import Job
 
 CURRENT = "current"
-_COPY = "source"
+_COPY, _LOWERED = "source", "lowered"  # the private copy, and beside its graph the one in low precision
 _FULL = {
     errno.ENOSPC: "the disk is full",
     errno.EDQUOT: "the quota is used up",
@@ -173,7 +172,7 @@ def _fill(
     onnx, agreed = source.graph(parts.graph), None
     if parts.precision != "fp32":
         progress(f"comparing {parts.precision} with float32")
-        onnx, agreed = _lowered(source, parts, partial)
+        onnx, agreed = _lowered(source, parts)
     entry = bundle.manifest.graphs[parts.graph]
     timing = f"{parts.flavour}-{parts.version}-{parts.target}.cache"
     known, fresh = engines_folder(bundle.folder) / "timing" / timing, partial / "timing.cache"
@@ -200,7 +199,6 @@ def _fill(
         known.parent.mkdir(mode=0o700, exist_ok=True)
         seal_timings(fresh, key)
         fresh.replace(known)
-    remove_graph(partial)
     remove(source.folder)
     sha256, size = digest_of(partial / PLAN)
     return Record(
@@ -232,16 +230,15 @@ def _copied(bundle: Bundle, graph: str, folder: Path) -> Bundle:
     return copied
 
 
-def _lowered(bundle: Bundle, parts: Parts, partial: Path) -> tuple[Path, float]:
+def _lowered(source: Bundle, parts: Parts) -> tuple[Path, float]:
     """The graph in low precision, once it was seen to agree, and how well it did."""
-    import onnx_ir as ir
+    from safelight.engine.precision import save_lowered
+    from safelight.export.engines.agreement import agreement
 
-    from safelight.engine.precision import lower
-
-    agreed = agreement(bundle, parts.graph, parts.precision, partial)
-    model = ir.load(bundle.graph(parts.graph))
-    lower(model, parts.precision)
-    return save_graph(model, partial), agreed
+    folder = source.folder / _LOWERED
+    folder.mkdir()
+    agreed = agreement(source, parts.graph, parts.precision, folder)
+    return save_lowered(source.graph(parts.graph), parts.precision, folder), agreed
 
 
 def _compile(job: Job, held: int, progress: Progress) -> dict[str, Any]:
