@@ -31,6 +31,8 @@ COMMAND = "safelight bench cpu"
 PIXELS = "largest |pixel - eager pixel|, pixels in [0, 1]"
 TIMEOUT_S = 3600.0
 OURS = ("onnxruntime", "openvino", "openvino:bf16")
+INT8 = ("onnxruntime:int8", "openvino:int8")  # where the bundle has that form
+GRAPH = {"image": "detector", "latent": "detector_latent"}  # by who looks at the probes
 PEERS = (
     {"dtype": "bfloat16", "channels_last": True},
     {"dtype": "bfloat16", "channels_last": True, "batched": True},
@@ -55,13 +57,14 @@ class CpuPath:
 
 def paths(bundle: Bundle) -> Iterator[CpuPath]:
     """All paths that this bundle has, those that others are compared with first."""
-    checkers = ["image", *(["latent"] if "detector_latent" in bundle.manifest.graphs else [])]
+    checkers = [name for name, graph in GRAPH.items() if graph in bundle.manifest.graphs]
     for checker in checkers:
         eager = {"backend": "torch", "checker": checker, "early_exit": False, "flops": True}
         yield CpuPath(f"eager reference, {checker} checker", "ours", eager, checker)
     yield CpuPath("diffusers fp32", "diffusers")
     for checker in checkers:
-        for backend in reversed(OURS):
+        int8 = bundle.manifest.graphs[GRAPH[checker]].int8 is not None
+        for backend in reversed((*OURS, *INT8) if int8 else OURS):
             for early in (False, True):
                 options = {"backend": backend, "checker": checker, "early_exit": early}
                 name = f"{backend}, {checker} checker{', early exit' if early else ''}"
@@ -211,7 +214,8 @@ def _rows(
     }
     spent = percentiles(found["times_ms"])
     # work by the eager module's own count; the limit is of the precision that the path computes in
-    limit = limits["bfloat16" if "bf16" in found["provider"] else "float32"]
+    words = {"bf16": "bfloat16", "int8": "int8"}
+    limit = limits[next((name for word, name in words.items() if word in found["provider"]), "float32")]
     rows = [
         Row(
             **common,

@@ -32,14 +32,15 @@ class Bundle:
         """What opens it: `shapes`, or its folder."""
         return SHIPPED if self.folder == BUNDLE_FOLDER else str(self.folder)
 
-    def graph(self, name: str) -> Path:
-        """The path of a graph's ONNX file, whose bytes and weights are those of the manifest. Raises
-        BundleError.
+    def graph(self, name: str, *, int8: bool = False) -> Path:
+        """The path of a graph's ONNX file, or of its int8 form, whose bytes and weights are those of the
+        manifest. Raises BundleError.
         """
-        if name not in self._checked:
-            self.manifest.check_graph(self.folder, name)
-            self._checked.add(name)
-        return self.folder / self.manifest.graphs[name].path
+        path = self.manifest.graphs[name].parts(int8=int8)[0]
+        if path not in self._checked:
+            self.manifest.check_graph(self.folder, name, int8=int8)
+            self._checked.add(path)
+        return self.folder / path
 
 
 def open_bundle(

@@ -106,12 +106,14 @@ def _tried(name: str, extra: str | None) -> Probe:
 
 PROBES = (
     _tried("onnxruntime", None),
+    _tried("onnxruntime:int8", None),
     _tried("onnxruntime:cuda", None),
     _tried("onnxruntime:cuda-graph", None),
     _tried("onnxruntime:tensorrt", None),
     _tried("onnxruntime:nv_tensorrt_rtx", None),
     _tried("openvino", "openvino"),
     _tried("openvino:bf16", "openvino"),
+    _tried("openvino:int8", "openvino"),
     Probe("tensorrt", "backend", _TENSORRT, "tensorrt"),
     Probe("torch", "backend", _TORCH, "torch"),
     Probe("torch:cuda", "device", _TORCH_CUDA, "torch"),

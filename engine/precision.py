@@ -75,7 +75,7 @@ class _Pass:
         self._low: dict[ir.Value, ir.Value] = {}  # float32 value -> its low form, where there is one
         self._native: set[ir.Value] = set()  # values that came about in low precision
         self._masks: set[ir.Value] = set()  # values that are one of two constants
-        self._weights = _weights(model.graph)
+        self._weights = widened_weights(model.graph)
         self._exact = exact_products(model.graph)
         self._names = 0
 
@@ -203,7 +203,7 @@ class _Pass:
                 del self._graph.initializers[name]
 
 
-def _weights(graph: ir.Graph) -> dict[ir.Value, ir.TensorProtocol]:
+def widened_weights(graph: ir.Graph) -> dict[ir.Value, ir.TensorProtocol]:
     """Constants that are float32 in the graph, some of them stored as float16 and widened by a Cast."""
     found: dict[ir.Value, ir.TensorProtocol] = {}
     for value in graph.initializers.values():

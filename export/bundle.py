@@ -82,7 +82,7 @@ def export_bundle(
             progress(f"{graph}: tracing")
             entry = _write_graph(folder, partial, graph, sizes=sizes, half=precision == "fp16-weights")
             gc.collect()  # the tracer leaves cycles that hold the weights
-            size = sum((partial / part).stat().st_size for part in (entry.path, *entry.external))
+            size = sum((partial / part).stat().st_size for part in entry.parts())
             progress(f"{graph}: {size / 1e6:.1f} MB")
             return entry
 

@@ -28,7 +28,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[Job]:
     def run(job: Job, home: Path) -> dict:
         made.append(job)
         if job.kind == "peak":
-            return {"float32": 1e12, "bfloat16": 2e12}
+            return {"float32": 1e12, "bfloat16": 2e12, "int8": 4e12}
         return json.loads(json.dumps(work(job)))
 
     monkeypatch.setattr(cpu_paths, "_run", run)

@@ -237,7 +237,7 @@ def test_a_graph_that_runs_otherwise_than_asked_is_an_error(
     small: Bundle, monkeypatch: pytest.MonkeyPatch, found
 ) -> None:
     backend = open_backend("openvino", small, threads=1)
-    monkeypatch.setattr(backend, "_compile", lambda *arguments: Elsewhere(*found))
+    monkeypatch.setattr(backend, "_compile", lambda *given, **named: Elsewhere(*found))
     with pytest.raises(BackendUnavailable, match=r"asked for f32 on CPU, the graph runs in (f32|bf16) on"):
         backend.stage("detector")
 

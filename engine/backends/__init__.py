@@ -15,17 +15,19 @@ import numpy as np
 from numpy.typing import NDArray
 
 from safelight.engine.bundle import Bundle
+from safelight.engine.doctor import cpu_flags
 from safelight.errors import BackendUnavailable, ShapeError
-from safelight.manifest import GraphEntry, Manifest, TensorSpec
+from safelight.manifest import INT8_GRAPHS, GraphEntry, Manifest, TensorSpec
 
 Array = NDArray[Any]
 BACKENDS = (
-    *("onnxruntime", "onnxruntime:cuda", "onnxruntime:cuda-graph"),
+    *("onnxruntime", "onnxruntime:int8", "onnxruntime:cuda", "onnxruntime:cuda-graph"),
     *("onnxruntime:tensorrt", "onnxruntime:nv_tensorrt_rtx"),
-    *("openvino", "openvino:bf16"),
+    *("openvino", "openvino:bf16", "openvino:int8"),
     *("tensorrt", "torch"),
 )
 AUTO = "auto"
+INT8 = "int8"  # the variant that runs the int8 form of graphs that may have one, and all others in float32
 _NEEDS = {  # runtime -> what pip is asked for
     "onnxruntime": "onnxruntime",
     "openvino": "safelight[openvino]",
@@ -133,6 +135,21 @@ def lanes_of(manifest: Manifest, graph: str, threads: int) -> int:
     _, height, width = manifest.picture.latents
     small = graph in ("detector", "detector_latent") and height * width <= SMALL
     return min(threads, LANES) if small else 1
+
+
+def int8_of(variant: str, graph: str) -> bool:
+    """Whether a backend's variant takes a graph's int8 form: it must be there, float32 never stands in."""
+    return variant == INT8 and graph in INT8_GRAPHS
+
+
+def check_int8(backend: str) -> None:
+    """Raises BackendUnavailable where the processor cannot add up products of bytes without an overflow."""
+    flags = cpu_flags()
+    if flags is not None and not {"avx512_vnni", "avx_vnni", "amx_int8"} & set(flags):
+        raise BackendUnavailable(
+            f"{backend}: this processor has none of avx512_vnni, avx_vnni, amx_int8; do: ask for "
+            f"{backend.partition(':')[0]}, which computes in float32"
+        )
 
 
 def shape_of(spec: TensorSpec, axes: Mapping[str, int]) -> tuple[int, ...]:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import onnxruntime as ort
 
-from safelight.engine.backends import Array, Stage, axes_of, lanes_of
+from safelight.engine.backends import INT8, Array, Stage, axes_of, check_int8, int8_of, lanes_of
 from safelight.engine.backends.host_outputs import HostOutputs
 from safelight.engine.backends.onnxruntime_device import DeviceStage, run_until
 from safelight.engine.backends.onnxruntime_session import CPU, PROVIDERS, Provider, open_session
@@ -25,9 +25,11 @@ from safelight.manifest import GraphEntry
 class OrtStage:
     """One session on the processor. Safe to call from several threads; those on one lane take turns."""
 
-    def __init__(self, session: Any, spec: GraphEntry, lanes: int = 1) -> None:
+    def __init__(self, session: Any, spec: GraphEntry, lanes: int = 1, *, int8: bool = False) -> None:
+        """`int8` says that the session is of the graph's int8 form."""
         self._spec = spec
         self._session = session
+        self._precision = " int8" if int8 else ""
         self._outputs = HostOutputs(spec, lanes)
 
     @property
@@ -38,7 +40,7 @@ class OrtStage:
     @property
     def device(self) -> str:
         """See `Stage`; read from the session."""
-        return f"onnxruntime {self._session.get_providers()[0]}"
+        return f"onnxruntime {self._session.get_providers()[0]}{self._precision}"
 
     @property
     def lanes(self) -> int:
@@ -78,6 +80,7 @@ class OrtBackend:
         self._bundle = bundle
         self._threads = threads or cores()
         self._provider: Provider = PROVIDERS[variant]
+        self._variant = variant
         self._name = f"onnxruntime:{variant}" if variant else "onnxruntime"
 
     def stage(self, graph: str) -> Stage:
@@ -85,21 +88,27 @@ class OrtBackend:
         spec = self._bundle.manifest.graphs.get(graph)
         if spec is None:
             raise BundleError(f"{self._bundle.folder} has no {graph}; export a bundle that holds it")
+        int8 = int8_of(self._variant, graph)
         provider, options = self._provider, ort.SessionOptions()
         lanes = lanes_of(self._bundle.manifest, graph, self._threads) if provider.name == CPU else 1
         options.log_severity_level = 3
         options.intra_op_num_threads = max(1, self._threads // lanes)  # they are shared among the lanes
         options.enable_cpu_mem_arena = True
-        session = open_session(self._bundle.graph(graph), provider, options, backend=self._name)
+        path = self._bundle.graph(graph, int8=int8)
+        session = open_session(path, provider, options, backend=self._name)
         if provider.name == CPU:
-            return OrtStage(session, spec, lanes)
+            return OrtStage(session, spec, lanes, int8=int8)
         return DeviceStage(session, spec, provider.device, graph=provider.graph)
 
 
 def open_backend(bundle: Bundle, *, model: Path | None, threads: int | None, variant: str = "") -> OrtBackend:
-    """The backend. Raises ValueError where a model folder is named, which this backend does not read."""
+    """The backend. Raises ValueError where a model folder is named, which this backend does not read, and
+    BackendUnavailable for `int8` on a processor without sums of bytes.
+    """
     if model is not None:
         raise ValueError(
             f"onnxruntime runs the bundle's own graphs; a model folder ({model}) goes with backend torch"
         )
+    if variant == INT8:
+        check_int8("onnxruntime:int8")
     return OrtBackend(bundle, threads, variant)

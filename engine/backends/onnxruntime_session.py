@@ -54,6 +54,7 @@ _CUDA = {  # ONNX Runtime's default is TF32, a mantissa of ten bits, and `auto` 
 }
 PROVIDERS = {  # variant of the backend -> provider
     "": Provider(CPU, "cpu", "onnxruntime"),
+    "int8": Provider(CPU, "cpu", "onnxruntime"),
     "cuda": Provider("CUDAExecutionProvider", "cuda", _GPU, _CUDA),
     "cuda-graph": Provider(
         "CUDAExecutionProvider", "cuda", _GPU, _CUDA | {"enable_cuda_graph": "1"}, graph=True

@@ -4,6 +4,7 @@ What it compiles is kept in the user's cache, by a key of all that it depends on
 cancelled between two operators by OpenVINO itself. `openvino` computes in float32; `openvino:bf16` computes
 the large graphs in bfloat16 where the processor has it, decided in the graph itself: weights that are stored
 in bfloat16 are mapped and used as they lie, where OpenVINO would make float32 of others first.
+`openvino:int8` runs the int8 form of the graphs that may have one, and all others in float32.
 """
 
 import time
@@ -17,7 +18,7 @@ from typing import Any
 import numpy as np
 import openvino as ov
 
-from safelight.engine.backends import Array, Stage, axes_of, lanes_of
+from safelight.engine.backends import INT8, Array, Stage, axes_of, check_int8, int8_of, lanes_of
 from safelight.engine.backends.host_outputs import HostOutputs
 from safelight.engine.bundle import Bundle
 from safelight.engine.compiled_cache import compiled_cache
@@ -36,13 +37,14 @@ FORM = 2  # raised when what is kept of a graph is made otherwise
 class OvStage:
     """One compiled graph. Safe to call from several threads; those on one lane take turns."""
 
-    def __init__(self, compiled: Any, spec: GraphEntry, lanes: int) -> None:
+    def __init__(self, compiled: Any, spec: GraphEntry, lanes: int, *, int8: bool = False) -> None:
+        """`int8` says that it is the graph's int8 form that was compiled."""
         self._spec = spec
         self._compiled = compiled
         self._requests = [compiled.create_infer_request() for _ in range(lanes)]
         self._outputs = HostOutputs(spec, lanes)
         devices, precision = _where(compiled)
-        self._device = f"openvino {' '.join(devices)} {precision}"
+        self._device = f"openvino {' '.join(devices)} {'int8' if int8 else precision}"
 
     @property
     def spec(self) -> GraphEntry:
@@ -112,10 +114,10 @@ def _finish(request: Any, deadline: float | None) -> None:
 class OvBackend:
     """Compiled graphs of one bundle."""
 
-    def __init__(self, bundle: Bundle, threads: int | None, *, reduced: bool) -> None:
+    def __init__(self, bundle: Bundle, threads: int | None, variant: str) -> None:
         self._bundle = bundle
         self._threads = threads or cores()
-        self._reduced = reduced
+        self._variant = variant
         self._core = ov.Core()
 
     def stage(self, graph: str) -> Stage:
@@ -124,7 +126,8 @@ class OvBackend:
         if spec is None:
             raise BundleError(f"{self._bundle.folder} has no {graph}; export a bundle that holds it")
         lanes = lanes_of(self._bundle.manifest, graph, self._threads)
-        precision = "bf16" if self._reduced and graph in REDUCED else "f32"
+        precision = "bf16" if self._variant == "bf16" and graph in REDUCED else "f32"
+        int8 = int8_of(self._variant, graph)
         settings: dict[str, Any] = {
             "INFERENCE_PRECISION_HINT": precision,
             "INFERENCE_NUM_THREADS": self._threads,
@@ -132,15 +135,15 @@ class OvBackend:
             "ENABLE_CPU_PINNING": False,  # a detector's and a generator's threads would sit on one core
         }
         with own_signal_stack():
-            compiled = self._compile(graph, spec, settings)
+            compiled = self._compile(graph, settings, int8=int8)
         _check_device(compiled, precision)
-        return OvStage(compiled, spec, lanes)
+        return OvStage(compiled, spec, lanes, int8=int8)
 
-    def _compile(self, graph: str, spec: GraphEntry, settings: dict[str, Any]) -> Any:
-        manifest = self._bundle.manifest
+    def _compile(self, graph: str, settings: dict[str, Any], *, int8: bool) -> Any:
+        parts = self._bundle.manifest.graphs[graph].parts(int8=int8)
         key = {
             "form": FORM,
-            "files": [manifest.files[name].sha256 for name in manifest.parts_of(graph)],
+            "files": [self._bundle.manifest.files[name].sha256 for name in parts],
             "openvino": ov.__version__,
             "machine": [cpu_name(), *(cpu_flags() or ())],
             "settings": settings,
@@ -150,25 +153,25 @@ class OvBackend:
             with compiled_cache("openvino", key) as folder:
                 if folder is not None:
                     cached = {"CACHE_DIR": str(folder), "CACHE_MODE": "OPTIMIZE_SIZE"}
-                    return self._compile_in(folder, graph, settings | cached)
+                    return self._compile_in(folder, graph, settings | cached, int8=int8)
         except (RuntimeError, OSError) as fault:
-            lost = f"what openvino compiled of {spec.path} could not be kept ({fault}); make room on the disk"
+            lost = f"what openvino compiled of {parts[0]} could not be kept ({fault}); make room on the disk"
         try:
             if settings["INFERENCE_PRECISION_HINT"] == "f32":
-                compiled = self._core.compile_model(self._bundle.graph(graph), "CPU", settings)
+                compiled = self._core.compile_model(self._bundle.graph(graph, int8=int8), "CPU", settings)
             else:
                 with TemporaryDirectory(prefix="safelight-") as scratch:
-                    compiled = self._compile_in(Path(scratch), graph, settings)
+                    compiled = self._compile_in(Path(scratch), graph, settings, int8=int8)
         except (RuntimeError, OSError) as fault:
             raise BundleError(
-                f"{self._bundle.folder / spec.path} cannot be opened by OpenVINO ({fault}); export the "
+                f"{self._bundle.folder / parts[0]} cannot be opened by OpenVINO ({fault}); export the "
                 "bundle again"
             ) from fault
         if lost:
             warnings.warn(lost, RuntimeWarning, stacklevel=3)
         return compiled
 
-    def _compile_in(self, folder: Path, graph: str, settings: dict[str, Any]) -> Any:
+    def _compile_in(self, folder: Path, graph: str, settings: dict[str, Any], *, int8: bool) -> Any:
         """Compile by way of OpenVINO's own form of the graph, which lies in `folder`, or is made there.
 
         Its compiled form alone would hold all weights in float32: in its own form of the graph they lie as
@@ -176,7 +179,7 @@ class OvBackend:
         """
         own = folder / "graph.xml"
         if not own.exists():
-            source = self._bundle.graph(graph)
+            source = self._bundle.graph(graph, int8=int8)
             with TemporaryDirectory(dir=folder) as scratch:
                 if settings["INFERENCE_PRECISION_HINT"] == "bf16":
                     from safelight.engine.precision import save_lowered
@@ -205,7 +208,7 @@ def _check_device(compiled: Any, precision: str) -> None:
 
 def open_backend(bundle: Bundle, *, model: Path | None, threads: int | None, variant: str = "") -> OvBackend:
     """The backend. Raises ValueError where a model folder is named, which this backend does not read, and
-    BackendUnavailable for `bf16` on a processor without it.
+    BackendUnavailable for `bf16` or `int8` on a processor without it.
     """
     if model is not None:
         raise ValueError(
@@ -216,4 +219,6 @@ def open_backend(bundle: Bundle, *, model: Path | None, threads: int | None, var
             "openvino:bf16: this processor has neither avx512_bf16 nor amx_bf16; do: ask for openvino, which "
             "computes in float32"
         )
-    return OvBackend(bundle, threads, reduced=variant == "bf16")
+    if variant == INT8:
+        check_int8("openvino:int8")
+    return OvBackend(bundle, threads, variant)

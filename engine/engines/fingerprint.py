@@ -90,5 +90,5 @@ def here(manifest: Manifest, graph: str, flavour: Flavour, target: str) -> Here:
 def graph_digest(manifest: Manifest, graph: str) -> str:
     """One SHA-256 over those of the graph's file and of its weights, as the manifest has them."""
     entry = manifest.graphs[graph]
-    listed = [[name, manifest.files[name].sha256] for name in (entry.path, *entry.external)]
+    listed = [[name, manifest.files[name].sha256] for name in entry.parts()]
     return hashlib.sha256(json.dumps(listed).encode()).hexdigest()

@@ -217,7 +217,7 @@ def _copied(bundle: Bundle, graph: str, folder: Path) -> Bundle:
     """The bundle as far as this graph goes, in a folder that is closed to others. Raises BundleError where a
     file is not the one that the manifest names.
     """
-    for name in bundle.manifest.parts_of(graph):
+    for name in bundle.manifest.graphs[graph].parts():
         (folder / name).parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         shutil.copyfile(bundle.folder / name, folder / name)
     copied = replace(bundle, folder=folder)

@@ -42,6 +42,7 @@ OPTIONAL_GRAPHS = {
     "detector_latent": "latent_checker",
     "redirector": "redirector",
 }
+INT8_GRAPHS = ("detector", "detector_latent")  # graphs that may have an int8 form: many probes vote
 REQUIRED_GRAPHS = ("safety_checker", "detector", "text_encoder")
 REQUIRED_FILES = (
     "tokenizer/vocab.json",
@@ -88,17 +89,64 @@ class TensorSpec:
 
 
 @dataclass(frozen=True, slots=True)
+class Int8Form:
+    """The same graph with `products` of its products in int8: an ONNX file, and the files of its weights.
+
+    What follows is its agreement with the float32 graph, measured when it was made: how many of `verdicts`
+    verdicts and of `probes` probes it judged otherwise, and the largest difference of a margin.
+    """
+
+    path: str
+    external: tuple[str, ...]
+    products: int
+    verdicts: int
+    verdicts_differ: int
+    probes: int
+    probes_differ: int
+    margin: float
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "external", tuple(self.external))
+
+    def __str__(self) -> str:
+        return (
+            f"{self.verdicts_differ} of {self.verdicts} verdicts and {self.probes_differ} of {self.probes} "
+            f"probes differ, margins by {self.margin:.1e}"
+        )
+
+
+@dataclass(frozen=True, slots=True)
 class GraphEntry:
-    """An ONNX file, the files that hold its weights where they do not lie in it, and its tensors."""
+    """An ONNX file, the files that hold its weights where they do not lie in it, and its tensors; `int8` is
+    None where it has no such form.
+    """
 
     path: str
     external: tuple[str, ...]
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
+    int8: Int8Form | None = optional()
 
     def __post_init__(self) -> None:
         for name in ("external", "inputs", "outputs"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
+
+    def parts(self, *, int8: bool = False) -> tuple[str, ...]:
+        """Its file and its weights' files, or those of its int8 form. Raises BundleError where it has no such
+        form.
+        """
+        if not int8:
+            return (self.path, *self.external)
+        if self.int8 is None:
+            raise BundleError(
+                f"{self.path} has no int8 form here; do: safelight quantize BUNDLE OUT, and open OUT"
+            )
+        return (self.int8.path, *self.int8.external)
+
+    @property
+    def all_parts(self) -> tuple[str, ...]:
+        """The files of every form that it has."""
+        return self.parts() + (self.parts(int8=True) if self.int8 is not None else ())
 
 
 @dataclass(frozen=True, slots=True)
@@ -243,15 +291,17 @@ class Manifest:
         object.__setattr__(self, "scheduler", finite)
         for name in (
             *self.files,
-            *(part for graph in self.graphs.values() for part in (graph.path, *graph.external)),
+            *(part for graph in self.graphs.values() for part in graph.all_parts),
         ):
             check_name(name)
         known = (*GRAPHS, *OPTIONAL_GRAPHS)
         if unknown := sorted(self.graphs.keys() - set(known)):
             raise ValueError(f"unknown graph {unknown[0]!r}; known are {known}")
-        for graph in self.graphs.values():
-            if unlisted := [part for part in (graph.path, *graph.external) if part not in self.files]:
+        for name, graph in self.graphs.items():
+            if unlisted := [part for part in graph.all_parts if part not in self.files]:
                 raise ValueError(f"{unlisted[0]!r} belongs to a graph and is not among the files")
+            if graph.int8 is not None and name not in INT8_GRAPHS:
+                raise ValueError(f"{name} has an int8 form; only {INT8_GRAPHS} may have one")
 
     @property
     def schedule(self) -> NoiseSchedule:
@@ -338,7 +388,7 @@ class Manifest:
         """Compare the folder with the manifest: parts, names, links, sizes, digests, references, class
         names; `verify` as for `load`.
         """
-        known = {part for name in self.graphs for part in self.parts_of(name)}
+        known = {part for graph in self.graphs.values() for part in graph.all_parts}
         for required in REQUIRED_GRAPHS:
             if required not in self.graphs:
                 raise BundleError(
@@ -367,19 +417,18 @@ class Manifest:
             if name.endswith(("config.json", "model_index.json")):
                 check_classes(folder / name)
         for graph in self.graphs.values() if verify != "settings" else ():
-            check_onnx(folder, graph.path, graph.external)
+            for int8 in (False, True)[: 1 + (graph.int8 is not None)]:
+                path, *external = graph.parts(int8=int8)
+                check_onnx(folder, path, tuple(external))
 
-    def parts_of(self, graph: str) -> tuple[str, ...]:
-        """The files of a graph: its own and its weights'."""
-        return (self.graphs[graph].path, *self.graphs[graph].external)
-
-    def check_graph(self, folder: Path, graph: str) -> None:
-        """Compare the files of one graph with the manifest by their SHA-256, and what it refers to. Raises
-        BundleError.
+    def check_graph(self, folder: Path, graph: str, *, int8: bool = False) -> None:
+        """Compare the files of one graph, or of its int8 form, with the manifest by their SHA-256, and what
+        it refers to. Raises BundleError.
         """
-        for name in self.parts_of(graph):
+        path, *external = self.graphs[graph].parts(int8=int8)
+        for name in (path, *external):
             self._check_digest(folder, name)
-        check_onnx(folder, self.graphs[graph].path, self.graphs[graph].external)
+        check_onnx(folder, path, tuple(external))
 
     def _check_digest(self, folder: Path, name: str) -> None:
         if digest(folder / name) != self.files[name].sha256:

@@ -23,6 +23,7 @@ from safelight.cli.evaluation import evaluate
 from safelight.cli.generation import generate
 from safelight.cli.kernels import kernels
 from safelight.cli.measure import bench, doctor, tune
+from safelight.cli.quantization import quantize
 from safelight.cli.screening import screen
 from safelight.errors import SafelightError
 
@@ -33,7 +34,7 @@ EXTRAS = {
     **dict.fromkeys(("tqdm", "accelerate", "peft"), "train"),
     **dict.fromkeys(("triton",), "kernels"),
     **dict.fromkeys(("matplotlib",), "plot"),
-    **dict.fromkeys(("openvino", "nncf"), "openvino"),
+    **dict.fromkeys(("openvino",), "openvino"),
     **dict.fromkeys(("pyarrow",), "parquet"),
 }
 INTERRUPTED = 130
@@ -104,6 +105,7 @@ for command in (
     generate,
     export,
     verify,
+    quantize,
     build,
     inspect,
     synth,

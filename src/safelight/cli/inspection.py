@@ -23,6 +23,12 @@ def describe(folder: Path, manifest: Manifest) -> Iterator[str]:
     for name, graph in manifest.graphs.items():
         yield from (_shown(line) for line in _graph(name, graph, manifest))
     yield ""
+    for name, graph in manifest.graphs.items():
+        if graph.int8 is not None:
+            yield _shown(
+                f"{'int8 form':16}{name:16}{_size(_bytes(graph.parts(int8=True), manifest)):>9}  "
+                f"{graph.int8.products} products; {graph.int8}"
+            )
     if not manifest.verification:
         yield "verification  none; do: safelight verify"
         return
@@ -74,12 +80,15 @@ def _facts(folder: Path, manifest: Manifest) -> Iterator[tuple[str, str]]:
 
 
 def _graph(name: str, graph: GraphEntry, manifest: Manifest) -> Iterator[str]:
-    size = sum(manifest.files[part].size_bytes for part in (graph.path, *graph.external))
-    head = f"{name:16}{_size(size):>9}"
+    head = f"{name:16}{_size(_bytes(graph.parts(), manifest)):>9}"
     for way, tensors in (("in", graph.inputs), ("out", graph.outputs)):
         for tensor in tensors:
             yield f"{head}  {way:4}{tensor.name:24}{tensor.dtype:9}({_axes(tensor.axes)})"
             head = " " * len(head)
+
+
+def _bytes(parts: tuple[str, ...], manifest: Manifest) -> int:
+    return sum(manifest.files[part].size_bytes for part in parts)
 
 
 def _axes(axes: tuple[str | int, ...]) -> str:
