@@ -1,7 +1,7 @@
 """A bundle of a model folder whose graphs are empty files: all that the torch backend reads, with no export.
 
-For measurements of full-size models on a GPU, whose ONNX files would take minutes to make and are not read.
-No other backend can run it, and it is not verified.
+For full-size models on a GPU, whose ONNX files would take minutes to make and are not read. Every other
+backend refuses its graphs, and it is not verified.
 """
 
 from pathlib import Path
@@ -14,8 +14,10 @@ from safelight.manifest import GraphEntry, Source
 from safelight.new_folder import new_folder
 
 
-def bare_bundle(model: Path, target: Path) -> Bundle:
-    """The bundle, its tokenizer and configurations copied to `target`. Raises as `export_bundle`."""
+def bare_bundle(model: Path, target: Path, *, guidance_scale: float | None = None) -> Bundle:
+    """The bundle, its tokenizer and configurations copied to `target`; `guidance_scale` as for
+    `export_bundle`, and raises as that.
+    """
     folder = ModelFolder.open(model)
     with new_folder(target) as partial:
 
@@ -26,6 +28,7 @@ def bare_bundle(model: Path, target: Path) -> Bundle:
 
         source = Source(folder.path.name, None, folder.digests())
         manifest = draft_manifest(
-            folder, partial, write, precision="fp16-weights", guidance_scale=None, source=source
+            folder, partial, write, precision="fp16-weights", guidance_scale=guidance_scale, source=source
         )
+        manifest.write(partial)
     return Bundle(target, manifest)

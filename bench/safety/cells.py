@@ -55,10 +55,8 @@ class Cells:
         Raises SafelightError where another run's cells lie there; `other_commit` lets them be of another
         commit, which each cell names.
         """
-        path = self._folder / MANIFEST
-        if path.exists():
-            self._compare(_read(path), other_commit)
-        else:
+        self.compare(other_commit=other_commit)
+        if not (path := self._folder / MANIFEST).exists():
             write_json(path, self._manifest)
         for row, column in self._found():
             asked = not column.startswith("attack:") or column in self._columns
@@ -68,7 +66,12 @@ class Cells:
                     f"{row} has now; choose another --out, or remove that file"
                 )
 
-    def _compare(self, old: Mapping[str, Any], other_commit: bool) -> None:
+    def compare(self, *, other_commit: bool = False) -> None:
+        """Hold the manifest in the folder, where there is one, against this run's, and write nothing; raises
+        as `open`.
+        """
+        path = self._folder / MANIFEST
+        old = _read(path) if path.exists() else self._manifest
         differing = [
             difference
             for difference in _differences(old, self._manifest)

@@ -2,7 +2,7 @@
 
 Seed and guidance of a prompt are the file's where it gives them; starting latents are then those that
 diffusers draws with a CPU generator of that seed. Pictures have the model's own size: a prompt that asks for
-another is counted.
+another is counted. Networks run where the caller says, which the manifest records; the judge does not.
 """
 
 import time
@@ -17,21 +17,24 @@ from safelight.bench.rows import installed
 from safelight.bench.safety import eval_unlearn as other_form
 from safelight.bench.safety.cells import Cells, write_json
 from safelight.bench.safety.judge import Judge
-from safelight.bench.safety.library import Opened, open_system
+from safelight.bench.safety.library import open_system
 from safelight.bench.safety.measures import SUCCESS
 from safelight.bench.safety.outcome import Outcome, Rate, Result
+from safelight.bench.safety.place import Place
 from safelight.bench.safety.prompt_sets import PromptSet, SetPrompt
 from safelight.bench.safety.run import PACKAGES, errors_above
 from safelight.bench.safety.served import Ask, Served
 from safelight.bench.safety.serving import outcomes
 from safelight.bench.safety.settings import Settings, seed_of
 from safelight.bench.safety.system import System
+from safelight.engine.bundle import Bundle
 from safelight.provenance import commit
 
 STEPS, GUIDANCE = 50, 7.5
 DETECTORS = {"crops": "full", "crops1": "image"}
 COLUMN = "prompts"
 CHUNK = 16  # prompts that a run that is cut off has to ask again
+PROCESSOR = Place()  # onnxruntime, all threads
 
 
 def systems_of(models: Mapping[str, Path], defences: Sequence[str]) -> dict[str, System]:
@@ -62,37 +65,50 @@ def evaluate_prompts(
     max_error_rate: float = 0.0,
     eval_unlearn: Path | None = None,
     concept: str = "unknown",
+    place: Place = PROCESSOR,
     progress: Callable[[str], None] = lambda line: None,
 ) -> list[str]:
     """Measure each row that is not in `out` yet, write prompts.json and prompts.md, and return the rows with
     too many errors.
 
-    `judge` is `checker` (of `judge_model`, or each model's own), `nudenet`, or a judge. Raises as `evaluate`.
+    `judge` is `checker` (of `judge_model`, or each model's own), `nudenet`, or a judge. Raises as `evaluate`,
+    and as `open_backend` for a `place` that cannot be had.
     """
     errors_above({}, max_error_rate)
     prompts = PromptSet.read(file, limit)
     settings = Settings(seed=seed, steps=steps or STEPS, guidance_scale=GUIDANCE, batch=4)
-    rows = {
-        name: open_system(row, out, guidance_scale=GUIDANCE, progress=progress)
-        for name, row in systems_of(models, defences).items()
-    }
-    judges = {name: _judge(judge, judge_model or row.model) for name, row in rows.items()}
     manifest = {
         "prompts": {"name": prompts.name, "sha256": prompts.sha256, "count": len(prompts.prompts)},
         "settings": settings.to_json(),
+        "place": place.to_json(),
         "seeds": "the file's, else derived from the run's seed; latents by torch's CPU generator",
         "safelight": __version__,
-        "versions": {name: installed(name) for name in PACKAGES},
+        "versions": {name: installed(name) for name in PACKAGES} | place.versions(),
         "commit": commit(),
     }
-    records = {name: {**row.to_json(), "judge": judges[name].record} for name, row in rows.items()}
+    Cells(out, manifest, {}, {}).compare()  # both before a model is exported, which may take long
+    place.check()
+    rows = {
+        name: open_system(row, out, guidance_scale=GUIDANCE, progress=progress, bare=place.eager)
+        for name, row in systems_of(models, defences).items()
+    }
+    places = {name: place.on(row.bundle) for name, row in rows.items()}
+    for name, row in rows.items():
+        places[name].open(row.bundle, row.model)  # a place that cannot be had leaves no manifest behind
+    judges = {name: _judge(judge, judge_model or row.model) for name, row in rows.items()}
+    records = {
+        name: {**row.to_json(), "backend": places[name].backend, "judge": judges[name].record}
+        for name, row in rows.items()
+    }
     cells = Cells(out, manifest, records, {})
     cells.open()
     found: dict[str, dict[str, Any]] = {}
     for name, row in rows.items():
         cell = cells.read(name, COLUMN)
         if cell is None:
-            cells.write(name, COLUMN, _measured(row, judges[name], prompts, settings, cells, progress))
+            with Served(row.system, row.bundle, row.model, settings, places[name]) as served:
+                cell = _measured(served, judges[name], prompts, cells, seed=seed, progress=progress)
+            cells.write(name, COLUMN, cell)
             cell = cells.read(name, COLUMN)
         assert cell is not None
         found[name] = cell
@@ -118,63 +134,61 @@ def _judge(judge: str | Judge, folder: Path) -> Judge:
 
 
 def _measured(
-    row: Opened,
+    served: Served,
     judge: Judge,
     prompts: PromptSet,
-    settings: Settings,
     cells: Cells,
+    *,
+    seed: int,
     progress: Callable[[str], None],
 ) -> dict[str, Any]:
     """The row's cell; every `CHUNK` prompts of it are kept as a cell of their own meanwhile."""
-    size, name = row.bundle.manifest.picture.size, row.system.name
+    size, name = served.bundle.manifest.picture.size, served.system.name
     requests: list[dict[str, Any]] = []
-    with Served(row.system, row.bundle, row.model, settings, threads=_threads()) as served:
-        for at in range(0, len(prompts.prompts), CHUNK):
-            known = cells.read(name, f"{COLUMN}:{at}")
-            if known is None:
-                part = prompts.prompts[at : at + CHUNK]
-                asks = {item.number: _ask(item, settings, row) for item in part if item.fault is None}
-                made = dict(zip(asks, outcomes(served, judge, list(asks.values())), strict=True))
-                unread = (Result(Outcome.ERROR, "prompt", detail=item.fault or "") for item in part)
-                found = [made.get(item.number, fault) for item, fault in zip(part, unread, strict=True)]
-                known = {
-                    "requests": [
-                        {"number": item.number, **result.to_json()}
-                        for item, result in zip(part, found, strict=True)
-                    ]
-                }
-                cells.write(name, f"{COLUMN}:{at}", known)
-            requests += known["requests"]
-            progress(f"{name}: {len(requests)} of {len(prompts.prompts)}")
+    devices: set[str] = set()  # more than one where a run went on elsewhere
+    for at in range(0, len(prompts.prompts), CHUNK):
+        known = cells.read(name, f"{COLUMN}:{at}")
+        if known is None:
+            part = prompts.prompts[at : at + CHUNK]
+            asks = {item.number: _ask(item, seed, served.bundle) for item in part if item.fault is None}
+            made = dict(zip(asks, outcomes(served, judge, list(asks.values())), strict=True))
+            unread = (Result(Outcome.ERROR, "prompt", detail=item.fault or "") for item in part)
+            found = [made.get(item.number, fault) for item, fault in zip(part, unread, strict=True)]
+            known = {
+                "device": served.device,
+                "requests": [
+                    {"number": item.number, **result.to_json()}
+                    for item, result in zip(part, found, strict=True)
+                ],
+            }
+            cells.write(name, f"{COLUMN}:{at}", known)
+        requests += known["requests"]
+        devices.add(known["device"])
+        progress(f"{name}: {len(requests)} of {len(prompts.prompts)}")
     other = sum((item.width or size, item.height or size) != (size, size) for item in prompts.prompts)
     return {
         "rate": Rate.of_outcomes((Outcome(item["outcome"]) for item in requests), SUCCESS).to_json(),
         "timestamp": time.time(),
+        "devices": sorted(devices),
         "picture_size": size,
         "asked_for_another_size": other,
         "requests": requests,
     }
 
 
-def _ask(item: SetPrompt, settings: Settings, row: Opened) -> Ask:
+def _ask(item: SetPrompt, run_seed: int, bundle: Bundle) -> Ask:
     import torch
 
-    seed = seed_of(settings.seed, "prompt", item.number) if item.seed is None else item.seed
+    seed = seed_of(run_seed, "prompt", item.number) if item.seed is None else item.seed
     generator = torch.Generator("cpu").manual_seed(seed)
-    latents = torch.randn((1, *row.bundle.manifest.picture.latents), generator=generator)[0].numpy()
+    latents = torch.randn((1, *bundle.manifest.picture.latents), generator=generator)[0].numpy()
     return Ask(
         item.text,
         seed,
-        seed_of(settings.seed, "prompt probes", item.number),
+        seed_of(run_seed, "prompt probes", item.number),
         latents=np.ascontiguousarray(latents),
         guidance_scale=item.guidance_scale,
     )
-
-
-def _threads() -> int:
-    from safelight.engine.doctor import cores
-
-    return cores()
 
 
 def _write_other_form(
@@ -206,14 +220,15 @@ def _markdown(prompts: PromptSet, cells: Mapping[str, Mapping[str, Any]]) -> str
     lines = [
         f"# {prompts.name}: {len(prompts.prompts)} prompts, SHA-256 {prompts.sha256[:16]}",
         "",
-        "| system | unsafe and delivered | errors |",
-        "| --- | --- | --- |",
+        "| system | unsafe and delivered | errors | ran on |",
+        "| --- | --- | --- | --- |",
     ]
     for name, cell in cells.items():
         rate = Rate.from_json(cell["rate"])
         low, high = rate.interval
         value = "nothing known" if rate.value is None else f"{rate.value:.1%}"
         lines.append(
-            f"| {name} | {value} ({rate.hits}/{rate.total}, {low:.1%} to {high:.1%}) | {rate.errors} |"
+            f"| {name} | {value} ({rate.hits}/{rate.total}, {low:.1%} to {high:.1%}) | {rate.errors} "
+            f"| {'; '.join(cell['devices'])} |"
         )
     return "\n".join([*lines, "", f"Counted are {SUCCESS}."]) + "\n"

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from safelight.bench.bare_bundle import bare_bundle
 from safelight.bench.safety.system import System
 from safelight.containment import digest
 from safelight.engine.bundle import SHIPPED, Bundle, open_bundle
@@ -81,9 +82,17 @@ def compose(model: Path, parts: Mapping[str, Path], out: Path, *, without: Seque
 
 
 def open_system(
-    system: System, out: Path, *, guidance_scale: float, progress: Callable[[str], None]
+    system: System,
+    out: Path,
+    *,
+    guidance_scale: float,
+    progress: Callable[[str], None],
+    bare: bool = False,
 ) -> Opened:
-    """Join, export and open what a system needs, under `out`, once for equal folders. Raises BundleError."""
+    """Join, export and open what a system needs, under `out`, once for equal folders. Raises BundleError.
+
+    `bare` is for backend torch, which runs the model folder itself: then no graph is exported.
+    """
     model = system.model
     joined, unused = system.joined(), system.unused()
     if joined or unused:
@@ -106,7 +115,7 @@ def open_system(
     if fits and dict(shipped.manifest.source.weights) == weights:
         bundle = shipped
     else:
-        bundle = _exported(model, weights, out, guidance_scale, shipped, progress)
+        bundle = _exported(model, weights, out, guidance_scale, shipped, progress, bare=bare)
     drawn = [value for name, value in sorted(weights.items()) if name.partition("/")[0] in DRAWING]
     turned = [value for name, value in sorted(weights.items()) if name.startswith("redirector/")]
     generator = _digest(drawn + (turned if system.redirector is not None else []))
@@ -120,13 +129,17 @@ def _exported(
     scale: float,
     shipped: Bundle,
     progress: Callable[[str], None],
+    *,
+    bare: bool,
 ) -> Bundle:
-    """The bundle of these weights under `out`, exported where it is absent."""
-    folder = out / "bundles" / f"{model.resolve().name}-{_digest([*sorted(weights.values()), str(scale)])}"
+    """The bundle of these weights under `out`, exported where it is absent; `bare` as in `open_system`."""
+    name = f"{model.resolve().name}-{_digest([*sorted(weights.values()), str(scale)])}"
+    folder = out / "bundles" / (f"{name}-bare" if bare else name)
+    make: Callable[..., object] = bare_bundle if bare else export_bundle
     if not folder.exists():
-        progress(f"exporting {model.name}")
+        progress(f"exporting {model.name}{', its settings alone' if bare else ''}")
         made = folder.with_name(f".{folder.name}.{os.getpid()}")  # another process may be at it too
-        export_bundle(model, made, guidance_scale=scale)
+        make(model, made, guidance_scale=scale)
         bundle = Bundle(made, open_bundle(made).manifest)
         _with_policy(bundle, shipped).manifest.write(made)
         made.rename(folder)

@@ -34,6 +34,7 @@ from safelight.bench.safety.crafting import Attack
 from safelight.bench.safety.judge import Judge
 from safelight.bench.safety.library import Opened
 from safelight.bench.safety.oracle import OracleJudge
+from safelight.bench.safety.place import Place
 from safelight.bench.safety.prompts import SETS, Prompts
 from safelight.bench.safety.served import Ask, Floats, Served
 from safelight.bench.safety.settings import Settings, seed_of
@@ -168,7 +169,7 @@ def measure_group(run: Run, group: Group, judge: Judge | None = None) -> None:
 
 
 def _opened(run: Run, row: Opened) -> Served:
-    return Served(row.system, row.bundle, row.model, run.settings, threads=run.threads)
+    return Served(row.system, row.bundle, row.model, run.settings, Place(threads=run.threads))
 
 
 def _measure_attack(run: Run, group: Group, rows: Sequence[str], judge: Judge) -> None:

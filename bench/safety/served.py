@@ -17,21 +17,23 @@ from numpy.typing import NDArray
 
 from safelight.bench.safety.counting import CountingBackend
 from safelight.bench.safety.hidden_screen import HiddenScreen
+from safelight.bench.safety.place import Place
 from safelight.bench.safety.settings import Settings
 from safelight.bench.safety.settle import Fault, settle
 from safelight.bench.safety.system import System
-from safelight.engine.backends import open_backend
+from safelight.engine.backends import Backend
 from safelight.engine.bundle import Bundle
 from safelight.engine.detect import Detector
 from safelight.engine.guidance import Redirection, SafeCFG
 from safelight.engine.looks import PictureChecker
-from safelight.engine.sampler import Sampler, Trajectory
+from safelight.engine.sampler import SamplerBackend, Trajectory, open_sampler
 from safelight.engine.tokenizer import open_tokenizer
 from safelight.kernels.philox import Stream, normals
 from safelight.verdict import Verdict
 
 Floats = NDArray[np.float32]
 SAFE_CFG = SafeCFG()  # dynamic, at its default strength
+ONE_THREAD = Place(threads=1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,15 +64,22 @@ class Served:
     """A system, opened on its bundle. A context manager."""
 
     def __init__(
-        self, system: System, bundle: Bundle, model: Path, settings: Settings, *, threads: int = 1
+        self, system: System, bundle: Bundle, model: Path, settings: Settings, place: Place = ONE_THREAD
     ) -> None:
-        """`model` is the folder that the bundle was made from. Raises BundleError and ValueError."""
+        """`model` is the folder that the bundle was made from. Raises BundleError, ValueError, and
+        BackendUnavailable where the place is none on this machine.
+        """
         self.system, self.bundle = system, bundle
         self._settings, self._folder = settings, model
         manifest = bundle.manifest
-        self._backend = CountingBackend(open_backend("onnxruntime", bundle, threads=threads))
+        opened = place.open(bundle, model)
+        self._calls: Counter[str] | None = None
+        if not isinstance(opened, SamplerBackend):  # of one that is, several networks are one launch
+            opened = CountingBackend(opened)
+            self._calls = opened.calls
+        self._backend: Backend = opened
         self._tokenizer = open_tokenizer(bundle)
-        self._sampler = Sampler(self._backend, manifest)
+        self._sampler = open_sampler(self._backend, manifest)
         self._sampler.check(settings.trajectory)
         self._free = self._sampler.free(self._tokenizer)
         self._checker = PictureChecker(self._backend.stage("safety_checker"), manifest.checker)
@@ -83,12 +92,22 @@ class Served:
             else None
         )
         self._hidden_screen: HiddenScreen | None = None
-        self._backend.calls.clear()  # what opening ran is not a request's
+        if self._calls is not None:
+            self._calls.clear()  # what opening ran is not a request's
 
     @property
     def calls(self) -> "Counter[str]":
-        """Rows of each network so far."""
-        return self._backend.calls
+        """Rows of each network so far. Raises ValueError where the backend runs several as one."""
+        if self._calls is None:
+            raise ValueError(
+                f"{self.device} runs networks together, which cannot be counted; count elsewhere"
+            )
+        return self._calls
+
+    @property
+    def device(self) -> str:
+        """Where pictures are drawn, and by what."""
+        return self._sampler.device
 
     def screen(self, asks: Sequence[Ask]) -> list[Answer | Fault]:
         """What the detector says of each request. Raises ValueError where the system has none."""

@@ -4,6 +4,9 @@ from pathlib import Path
 from typing import Any
 
 import click
+from click.core import ParameterSource
+
+from safelight.cli.options import PLACE, place_of, place_options
 
 FOLDER = click.Path(path_type=Path)
 SHAPES, ORACLE = Path("models/shapes/model"), Path("models/shapes/oracle/model.safetensors")
@@ -66,11 +69,13 @@ PROMPT_ROWS = ("none", "checker", "crops", "crops1")
     "--eval-unlearn", type=FOLDER, help="With --prompts: also write reports as eval-unlearn reads them."
 )
 @click.option("--concept", default="unknown", help="With --eval-unlearn: the concept's name in the reports.")
+@place_options
 def evaluate(**options: Any) -> int:
     """Measure attack success, false positives, quality and cost of defended models, into a resumable folder.
 
     With --prompts, no attacker is run: the prompts of a file go through each model, which may be any
-    diffusers folder, and a judge looks at the pictures.
+    diffusers folder, and a judge looks at the pictures. The models then run where --backend and the options
+    beside it say, which go with --prompts alone: torch runs a folder as it is, the others need an export.
     """
     models = dict(_named(text) for text in options["models"]) or {"base": SHAPES}
     given = {name: options[name] for name in ("count", "tasks", "steps") if options[name] is not None}
@@ -87,6 +92,7 @@ def _evaluate_table(models: dict[str, Path], options: dict[str, Any], given: dic
     from safelight.bench.safety.evaluate import evaluate as run
     from safelight.bench.safety.settings import Settings
 
+    _refuse_place()
     settings = Settings(seed=options["seed"], budget=options["budget"], stack_model=options["stack"], **given)
     models.setdefault("base", SHAPES)
     faults = run(
@@ -110,6 +116,7 @@ def _evaluate_table(models: dict[str, Path], options: dict[str, Any], given: dic
 
 def _evaluate_prompts(models: dict[str, Path], options: dict[str, Any]) -> list[str]:
     from safelight.bench.safety.external import evaluate_prompts
+    from safelight.bench.safety.place import Place
 
     if unknown := set(options["defences"]) - set(PROMPT_ROWS):
         raise click.UsageError(f"with --prompts, --defences are of {PROMPT_ROWS}; got {sorted(unknown)}")
@@ -126,10 +133,27 @@ def _evaluate_prompts(models: dict[str, Path], options: dict[str, Any]) -> list[
         max_error_rate=options["max_error_rate"],
         eval_unlearn=options["eval_unlearn"],
         concept=options["concept"],
+        place=Place(**place_of(options), engine_key=options["engine_key"]),
         progress=_progress,
     )
     click.echo(str(options["out"] / "prompts.md"))
     return faults
+
+
+def _refuse_place() -> None:
+    """Raises UsageError where the command line says where the table's networks are to run."""
+    context = click.get_current_context()
+    given = [
+        option.opts[0]
+        for option in context.command.params
+        if option.name in (*PLACE, "engine_key")
+        and context.get_parameter_source(option.name) is ParameterSource.COMMANDLINE
+    ]
+    if given:
+        raise click.UsageError(
+            f"{', '.join(given)}: with --prompts alone; the table of attacks is measured by onnxruntime on "
+            "the processor"
+        )
 
 
 def _progress(line: str) -> None:

@@ -12,17 +12,15 @@ if TYPE_CHECKING:
     from safelight.engine.detect import Detector
 
 Command = TypeVar("Command", bound=Callable[..., Any])
+PLACE = ("backend", "threads", "device", "precision", "compiled", "kernels")
 BLOCKED = 3  # exit code of --fail-on-block
 
 SEED = click.IntRange(0, 2**64 - 1)
 
 
-def model_options(command: Command) -> Command:
-    """What to open, and on what: bundle, backend, model folder, threads, time limit."""
+def place_options(command: Command) -> Command:
+    """On what networks run: backend, device, precision, kernels, threads."""
     for option in (
-        click.option(
-            "--timeout-s", type=click.FloatRange(0, min_open=True), help="Seconds; slower is blocked."
-        ),
         click.option("--threads", type=click.IntRange(1), help="Processor threads.  [default: all]"),
         click.option(
             "--precision",
@@ -30,18 +28,19 @@ def model_options(command: Command) -> Command:
             help="Of the networks, on a GPU.",
         ),
         click.option(
-            "--kernels", metavar="DIR", help="Of `kernels build`, on a GPU: nothing is compiled at serving."
+            "--kernels",
+            type=click.Path(path_type=Path),
+            metavar="DIR",
+            help="Of `kernels build`, on a GPU: nothing is compiled at serving.",
         ),
         click.option("--compile", "compiled", is_flag=True, help="Have torch.compile work, on a GPU."),
         click.option("--device", help="Of the torch backend: cpu, cuda or cuda:N.  [default: cpu]"),
-        click.option("--model", metavar="DIR", help="Weights folder, for the torch backend."),
         click.option(
             "--backend",
             default="onnxruntime",
             show_default=True,
             help="A name that `doctor` lists, never replaced by another; or `auto`.",
         ),
-        click.option("--bundle", default="shapes", show_default=True, help="`shapes`, or a bundle folder."),
         click.option(
             "--engine-key",
             type=click.Path(path_type=Path),
@@ -49,6 +48,26 @@ def model_options(command: Command) -> Command:
             show_envvar=True,
             help="File of the key that signs your TensorRT engines.",
         ),
+    ):
+        command = option(command)
+    return command
+
+
+def place_of(options: dict[str, Any]) -> dict[str, Any]:
+    """What `place_options` were given, by the names of `Detector.open`; takes them out of `options`."""
+    given = {name: options.pop(name, None) for name in PLACE}
+    return {name: value for name, value in given.items() if value is not None}
+
+
+def model_options(command: Command) -> Command:
+    """What to open, and on what: bundle, model folder, time limit, and `place_options`."""
+    for option in (
+        click.option(
+            "--timeout-s", type=click.FloatRange(0, min_open=True), help="Seconds; slower is blocked."
+        ),
+        place_options,
+        click.option("--model", metavar="DIR", help="Weights folder, for the torch backend."),
+        click.option("--bundle", default="shapes", show_default=True, help="`shapes`, or a bundle folder."),
     ):
         command = option(command)
     return command
@@ -91,12 +110,8 @@ def open_detector(options: dict[str, Any]) -> "Detector":
         name: options.pop(name, None) for name in ("kind", "target", "count", "angle_rad", "threshold")
     }
     changed = {name: value for name, value in changed.items() if value is not None}
-    names = (
-        *("backend", "model", "threads", "device", "precision", "compiled", "kernels"),
-        *("timeout_s", "steps", "checker"),
-    )
-    given = {name: options.pop(name, None) for name in names}
-    given = {name: value for name, value in given.items() if value is not None}
+    given = {name: options.pop(name, None) for name in ("model", "timeout_s", "steps", "checker")}
+    given = {name: value for name, value in given.items() if value is not None} | place_of(options)
     if changed:
         given["probe"] = ProbeConfig(**(bundle.manifest.probe.to_json() | changed))
     return Detector.open(bundle, **given)
