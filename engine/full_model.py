@@ -39,7 +39,7 @@ class FullModel(ProbeModel):
             if latent
             else PictureChecker(backend.stage("safety_checker"), manifest.checker)
         )
-        self._neighbourhood = Neighbourhood(manifest, config, self._sampler.width)
+        self._neighbourhood = Neighbourhood(manifest, config, self._sampler.text[1])
         self._free = self._sampler.free(tokenizer)
         self._trajectory = Trajectory(steps, manifest.guidance_scale, self._sampler.solver)
         self._sampler.check(self._trajectory)

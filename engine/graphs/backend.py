@@ -4,6 +4,8 @@ Stages are there for whoever asks for one graph; a detector asks for its model a
 sampler, which are one launch where stages would be many.
 """
 
+from torch import nn
+
 from safelight.engine.backends import Stage
 from safelight.engine.bundle import Bundle
 from safelight.engine.eager import load_detector, load_graph, load_latent_detector
@@ -16,7 +18,7 @@ from safelight.engine.graphs.stage import GraphStage, detector_kept, part_body
 from safelight.engine.looks import ProbeModel
 from safelight.engine.model_folder import ModelFolder
 from safelight.engine.sampler import Sampler
-from safelight.errors import BackendUnavailable, BundleError
+from safelight.errors import BundleError
 from safelight.probe import ProbeConfig
 
 
@@ -24,15 +26,7 @@ class GraphBackend:
     """The networks of one bundle on one device, each loaded once, and what runs on them."""
 
     def __init__(self, bundle: Bundle, folder: ModelFolder, placement: Placement, runner: Runner) -> None:
-        """`folder` is the one that the bundle was made from, `runner` of the device to run on.
-
-        Raises BackendUnavailable for a model with two text encoders: its bodies have not been placed yet.
-        """
-        if bundle.manifest.second_text is not None:
-            raise BackendUnavailable(
-                f"{bundle.folder}: a model with two text encoders does not run on {runner.device} yet; use "
-                "backend torch on the processor, or onnxruntime"
-            )
+        """`folder` is the one that the bundle was made from, `runner` of the device to run on."""
         self._bundle = bundle
         self._runner = runner
         self._placement = placement
@@ -53,8 +47,8 @@ class GraphBackend:
             screening = self.screening(latent=graph == "detector_latent")
             kept = detector_kept(screening)
             return GraphStage(spec, self._runner, screening.take, label=self.label, kept=kept)
-        module = load_graph(self._folder, graph).to(self._runner.device)
-        return GraphStage(spec, self._runner, part_body(module, self._placement.dtype), label=self.label)
+        body = part_body(self._module(graph), self._placement.dtype)
+        return GraphStage(spec, self._runner, body, label=self.label)
 
     def one_step(self, config: ProbeConfig, *, latent: bool, band: float | None = None) -> ProbeModel:
         """CROPS-1 as one launch: with the image checker, with the latent one, or, where there is a `band`,
@@ -69,7 +63,7 @@ class GraphBackend:
 
     def sampler(self) -> Sampler:
         """The full model, a step a launch."""
-        return GraphSampler(self, self._bundle.manifest, load_graph(self._folder, "unet"), self._runner)
+        return GraphSampler(self, self._bundle.manifest, self._module("unet"), self._runner)
 
     def screening(self, *, latent: bool) -> Screening:
         """The bodies from tokens to the result block, by the image checker or the latent one."""
@@ -77,6 +71,9 @@ class GraphBackend:
             return self._pictures()
         detector = load_latent_detector(self._folder).to(self._runner.device)
         return LatentScreening(detector, self._bundle.manifest)
+
+    def _module(self, graph: str) -> nn.Module:
+        return load_graph(self._folder, graph).to(self._runner.device)
 
     def _pictures(self) -> PictureScreening:
         detector = load_detector(self._folder).to(self._runner.device)

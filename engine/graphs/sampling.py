@@ -24,10 +24,11 @@ from safelight.manifest import Manifest
 class Steps:
     """Bodies of N images with B branches of guidance, on one `Denoiser`; tables hold at most `rows` steps."""
 
-    def __init__(self, denoiser: nn.Module, manifest: Manifest, *, width: int, rows: int) -> None:
+    def __init__(self, denoiser: nn.Module, manifest: Manifest, *, text: tuple[int, int], rows: int) -> None:
+        """`text` is the shape of a prompt's embeddings."""
         self._denoiser = denoiser
         self._latents = manifest.picture.latents
-        self._text = (manifest.tokens.window, width)
+        self._text = text
         self._rows = rows
         self._dtype = next(denoiser.parameters()).dtype
 
@@ -98,7 +99,7 @@ class GraphSampler(Sampler):
     def __init__(self, backend: Backend, manifest: Manifest, denoiser: nn.Module, runner: Runner) -> None:
         super().__init__(backend, manifest)
         self._rows = manifest.schedule.num_train_timesteps
-        self._steps = Steps(denoiser, manifest, width=self.width, rows=self._rows)
+        self._steps = Steps(denoiser, manifest, text=self.text, rows=self._rows)
         self._plans = Plans(lambda count, branches: self._steps.program(runner, count, branches))
 
     def _walk(
