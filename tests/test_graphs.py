@@ -30,7 +30,6 @@ from safelight.engine.graphs.one_launch import OneLaunchModel
 from safelight.engine.graphs.placed import KEPT, PlacedFolder, Placement
 from safelight.engine.graphs.program import PLANS, Plans, Program
 from safelight.engine.graphs.runner import Processor, _Memory
-from safelight.engine.graphs.sampling import GraphSampler
 from safelight.engine.graphs.screening import LatentScreening, PictureScreening
 from safelight.engine.graphs.slab import Slab
 from safelight.engine.graphs.stage import detector_kept, part_body
@@ -272,16 +271,6 @@ def test_a_generator_on_its_detectors_backend_shares_the_networks(
         pytest.raises(ValueError, match="threads: says"),
     ):
         Generator.open(bundle, detector=one, threads=1)
-
-
-def test_crops_runs_on_the_sampler_of_the_device(bundle: Bundle, graphs: GraphBackend, eager: Any) -> None:
-    probe = ProbeConfig(count=2, threshold=0.5)
-    with (
-        detector(bundle, graphs, probe, steps=2) as one,
-        detector(bundle, eager, probe, steps=2) as two,
-    ):
-        assert isinstance(one._model._sampler, GraphSampler)  # type: ignore[attr-defined]
-        assert_same(one.check_batch(PROMPTS[:2], seed=1), two.check_batch(PROMPTS[:2], seed=1))
 
 
 @pytest.mark.parametrize("probe", [None, ProbeConfig(count=3, threshold=0.5, target="latent")])

@@ -1,7 +1,7 @@
 """The backend torch on a GPU, or wherever its bodies are to run over static buffers.
 
 Stages are there for whoever asks for one graph; a detector asks for its model and a generator for its
-sampler, which are one launch where stages would be many.
+sampler, which are few launches where stages would be many.
 """
 
 from torch import nn
@@ -9,6 +9,7 @@ from torch import nn
 from safelight.engine.backends import Stage
 from safelight.engine.bundle import Bundle
 from safelight.engine.eager import load_detector, load_graph, load_latent_detector
+from safelight.engine.graphs.full_model import GraphFullModel
 from safelight.engine.graphs.one_launch import OneLaunchCascade, OneLaunchModel
 from safelight.engine.graphs.placed import PlacedFolder, Placement
 from safelight.engine.graphs.runner import Runner
@@ -18,6 +19,7 @@ from safelight.engine.graphs.stage import GraphStage, detector_kept, part_body
 from safelight.engine.looks import ProbeModel
 from safelight.engine.model_folder import ModelFolder
 from safelight.engine.sampler import Sampler
+from safelight.engine.tokenizer import PromptTokenizer
 from safelight.errors import BundleError
 from safelight.probe import ProbeConfig
 
@@ -60,6 +62,22 @@ class GraphBackend:
         if band is None:
             return model
         return OneLaunchCascade(model, self._pictures(), self._runner, band)
+
+    def full_model(
+        self, config: ProbeConfig, tokenizer: PromptTokenizer, *, steps: int, latent: bool
+    ) -> ProbeModel:
+        """CROPS, its probes and all steps in one run: with the image checker, or with the latent one."""
+        return GraphFullModel(
+            self,
+            self._bundle.manifest,
+            config,
+            tokenizer,
+            steps=steps,
+            latent=latent,
+            text_encoder=self._module("text_encoder"),
+            denoiser=self._module("unet"),
+            runner=self._runner,
+        )
 
     def sampler(self) -> Sampler:
         """The full model, a step a launch."""
