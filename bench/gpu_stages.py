@@ -132,13 +132,13 @@ def _pictures(
             finite=finite,
         )
 
-    unscaled = settle().flatten(0, 1)
+    unscaled = settle().flatten(0, 1).to(next(vae.parameters()).dtype)
 
     def decode() -> Tensor:
         out: Tensor = vae.decode(unscaled, return_dict=False)[0]
         return out
 
-    decoded = decode()
+    decoded = decode().to(screening.dtype)
 
     def resize() -> Tensor:
         return ops.clip_input(

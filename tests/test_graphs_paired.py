@@ -2,8 +2,11 @@
 held by the tests of the graphs, which run on both.
 """
 
+import json
 import math
+import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -17,7 +20,7 @@ from safelight.engine.bundle import Bundle
 from safelight.engine.detect import Detector
 from safelight.engine.eager import load_graph
 from safelight.engine.graphs.backend import GraphBackend
-from safelight.engine.graphs.placed import PlacedFolder, Placement
+from safelight.engine.graphs.placed import PRECISIONS, PlacedFolder, Placement
 from safelight.engine.graphs.probes import DeviceProbes, probe_values
 from safelight.engine.graphs.runner import Processor
 from safelight.engine.model_folder import ModelFolder
@@ -93,6 +96,32 @@ def test_compiled_bodies_take_a_conditioning_s_parts(bundle: Bundle, config: Pro
     torch.testing.assert_close(starts, torch.from_numpy(latents.copy()), **tol[torch.float32])
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("config", KINDS, ids=lambda config: f"{config.kind}-{config.target}")
+def test_a_full_size_conditioning_needs_no_kernel_that_was_not_built_ahead(
+    bundle: Bundle, config: ProbeConfig, dtype: torch.dtype
+) -> None:
+    pytest.importorskip("triton", reason="the kernels need triton, which this machine has not")
+    from safelight.kernels.triton.launch import use_runner
+
+    second = bundle.manifest.second_text
+    assert second is not None
+    picture = replace(bundle.manifest.picture, latents=(4, 128, 128))
+    manifest = replace(bundle.manifest, second_text=replace(second, pooled=1280), picture=picture)
+    given = {
+        "rotate_mask": torch.ones(2, 78, dtype=torch.bool),
+        "seeds": torch.zeros(2, dtype=torch.int64),
+        "angle": torch.ones(2),
+        "numbers": torch.arange(4),
+    }
+    started: list[str] = []
+    hidden, finite = torch.empty(2, 78, 2048, dtype=dtype), torch.ones(2, 4, dtype=torch.bool)
+    with use_backend("triton"), use_runner(lambda kernel, variant, *_: started.append(variant.name)):
+        turned, latents = DeviceProbes(manifest).draw(hidden, given, finite, config)
+    assert turned.shape == (2, 4, 78, 2048) and turned.dtype == dtype and latents.shape == (2, 4, 4, 128, 128)
+    assert len(started) == (1 if config.target == "latent" else 3)
+
+
 def test_a_pooled_embedding_and_a_token_turn_along_different_directions(bundle: Bundle) -> None:
     """The planes are drawn apart: whoever knows one does not know the other."""
     config = ProbeConfig(count=4, angle_rad=math.pi / 2)
@@ -144,3 +173,38 @@ def test_all_of_every_network_lies_on_the_device(bundle: Bundle, folder: ModelFo
     for network in networks():
         parts = list(chain(network.parameters(), network.buffers()))
         assert parts and {part.device.type for part in parts} == {"meta"}
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_an_autoencoder_that_passes_float16_s_range_still_draws(
+    bundle: Bundle, folder: ModelFolder, precision: Any
+) -> None:
+    """As SDXL's own does, and says by `force_upcast`: else all that it draws would be blocked."""
+    backend = GraphBackend(bundle, folder, Placement(precision), Processor())
+    vae: Any = backend._folder.load("vae")
+    first = vae.decoder.conv_in
+    with torch.inference_mode():
+        first.weight.data.mul_(2e5)
+        seen = first(torch.ones(1, 4, 8, 8, dtype=first.weight.dtype))
+    assert seen.isfinite().all() and not seen.half().isfinite().all()
+    for steps in (1, 2):
+        with Detector(bundle, backend, ProbeConfig(count=2), steps=steps) as detector:
+            verdict = detector.check(PROMPTS[0], seed=1)
+        assert verdict.detail is None and verdict.reason != "non_finite" and verdict.margins
+    assert {part.dtype for part in backend._folder.load("unet").parameters()} == {Placement(precision).dtype}
+
+
+def test_an_autoencoder_that_keeps_to_the_range_is_as_short_as_the_rest(
+    paired_model: Path, tiny_model: Path, tmp_path: Path
+) -> None:
+    """One that says so, and those of the other class, whose pipelines do not ask."""
+    mended = Path(shutil.copytree(paired_model, tmp_path / "mended"))
+    path = mended / "vae/config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"force_upcast": False}))
+    for model, wanted in (
+        (mended, torch.float16),
+        (tiny_model, torch.float16),
+        (paired_model, torch.float32),
+    ):
+        placed = PlacedFolder.place(ModelFolder.open(model), torch.device("cpu"), Placement("float16"))
+        assert {part.dtype for part in placed.load("vae").parameters()} == {wanted}

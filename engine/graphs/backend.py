@@ -49,8 +49,7 @@ class GraphBackend:
             screening = self.screening(latent=graph == "detector_latent")
             kept = detector_kept(screening)
             return GraphStage(spec, self._runner, screening.take, label=self.label, kept=kept)
-        body = part_body(self._module(graph), self._placement.dtype)
-        return GraphStage(spec, self._runner, body, label=self.label)
+        return GraphStage(spec, self._runner, part_body(self._module(graph)), label=self.label)
 
     def one_step(self, config: ProbeConfig, *, latent: bool, band: float | None = None) -> ProbeModel:
         """CROPS-1 as one launch: with the image checker, with the latent one, or, where there is a `band`,

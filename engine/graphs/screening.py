@@ -102,6 +102,7 @@ class PictureScreening(Screening):
     def __init__(self, detector: DetectorModule, manifest: Manifest) -> None:
         super().__init__(detector, manifest)
         self._detector = detector
+        self._decodes = next(detector.vae.parameters()).dtype
         checker = detector.checker
         self._concepts = Concepts(
             checker.concept_embeds,
@@ -149,10 +150,10 @@ class PictureScreening(Screening):
         """
         vae: Any = self._detector.vae
         finite = made["whole"]
-        decoded: Tensor = vae.decode(unscaled.flatten(0, 1), return_dict=False)[0]
+        decoded: Tensor = vae.decode(unscaled.flatten(0, 1).to(self._decodes), return_dict=False)[0]
         made["shown"].copy_(decoded.view(made["shown"].shape))
         checked = ops.clip_input(
-            decoded,
+            decoded.to(self.dtype),
             self._detector.size,
             mean=self._detector.mean,
             deviation=self._detector.std,
