@@ -25,8 +25,7 @@ from safelight.engine.graphs.runner import Runner
 from safelight.engine.graphs.screening import LatentScreening, PictureScreening, Screening
 from safelight.engine.model_folder import ModelFolder
 from safelight.kernels import ops
-from safelight.kernels.fused import Directions
-from safelight.kernels.philox import Stream
+from safelight.probe import ProbeConfig
 
 Call = Callable[[], Any]
 
@@ -74,25 +73,7 @@ def stages(screening: Screening, *, probes: int) -> list[Stage]:
     hidden = encode()
 
     def draw() -> tuple[Tensor, Tensor]:
-        numbers = given["numbers"]
-        turned = ops.probe_rotate(
-            hidden,
-            given["seeds"],
-            given["angle"],
-            numbers=numbers,
-            directions=Directions(Stream.PROMPT_U),
-            mask=given["rotate_mask"],
-            finite=made["whole"],
-        )
-        shape = screening._manifest.picture.latents
-        latents = ops.probe_latents(
-            given["seeds"],
-            given["angle"],
-            shape=shape,
-            numbers=torch.zeros_like(numbers[:1]),
-            directions=Directions(Stream.LATENT_U),
-        )
-        return turned, latents.expand(-1, probes, -1, -1, -1)
+        return screening.probes.draw(hidden, given, made["whole"], ProbeConfig())
 
     turned, latents = draw()
     sample = (part.one_step.input_scale * latents).to(screening.dtype).flatten(0, 1)
@@ -151,13 +132,13 @@ def _pictures(
             finite=finite,
         )
 
-    unscaled = settle().flatten(0, 1)
+    unscaled = settle().flatten(0, 1).to(next(vae.parameters()).dtype)
 
     def decode() -> Tensor:
         out: Tensor = vae.decode(unscaled, return_dict=False)[0]
         return out
 
-    decoded = decode()
+    decoded = decode().to(screening.dtype)
 
     def resize() -> Tensor:
         return ops.clip_input(

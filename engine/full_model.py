@@ -39,7 +39,7 @@ class FullModel(ProbeModel):
             if latent
             else PictureChecker(backend.stage("safety_checker"), manifest.checker)
         )
-        self._neighbourhood = Neighbourhood(manifest, config, self._sampler.width)
+        self._neighbourhood = Neighbourhood(manifest, config, self._sampler.text[1])
         self._free = self._sampler.free(tokenizer)
         self._trajectory = Trajectory(steps, manifest.guidance_scale, self._sampler.solver)
         self._sampler.check(self._trajectory)
@@ -55,16 +55,20 @@ class FullModel(ProbeModel):
 
     def look(self, requests: Sequence[Request], probes: range, *, deadline: float | None = None) -> Looks:
         """These probes of these requests. Raises TimeoutError past the deadline."""
+        made = self.latents(requests, probes, deadline=deadline)
+        shown = made if self._latent else self._sampler.decode(made, deadline=deadline)
+        looks = self._checker.look(shown, deadline=deadline)
+        return looks.reshaped(len(requests))
+
+    def latents(self, requests: Sequence[Request], probes: range, *, deadline: float | None) -> Floats:
+        """The last latents of these probes (N, c, h, w), request by request, scaled."""
         drawn = self._neighbourhood.draw(requests, probes)
         hidden = self.embeddings(requests, drawn.ids, deadline=deadline)
         turned = host.probe_rotate(hidden, drawn.u, drawn.v, drawn.angle, drawn.phase)
         turned = np.where(drawn.mask[:, None, :, None], turned, hidden[:, None])
         rows = turned.reshape(-1, *turned.shape[2:])
         latents = drawn.latents.reshape(-1, *drawn.latents.shape[2:])
-        made = self._sampler.sample(rows, self._free, latents, self._trajectory, deadline=deadline)
-        shown = made if self._latent else self._sampler.decode(made, deadline=deadline)
-        looks = self._checker.look(shown, deadline=deadline)
-        return looks.reshaped(len(requests))
+        return self._sampler.sample(rows, self._free, latents, self._trajectory, deadline=deadline)
 
     def embeddings(
         self, requests: Sequence[Request], ids: NDArray[np.int64], *, deadline: float | None

@@ -99,11 +99,20 @@ class Neighbourhood:
         none = np.zeros(shape, dtype=np.float32)
         if self.config.target is ProbeTarget.LATENT or self.config.angle_rad == 0:
             return Probes(ids, mask, none, none, still, still, latents)
-        turns = [turn(self.config, request.seed, probes, Stream.PROMPT_U, shape[2:]) for request in requests]
+        turns = [self._turn(request, probes) for request in requests]
         u, v, angle, phase = (np.stack(parts) for parts in zip(*turns, strict=True))
-        if self._pooled:
-            u[..., -1, self._pooled :] = v[..., -1, self._pooled :] = 0
         return Probes(ids, mask, u, v, angle, phase, latents)
+
+    def _turn(self, request: Request, probes: range) -> tuple[Floats, Floats, Floats, Floats]:
+        """Directions u and v float32 (P, T, D), angle and phase (P,) of a prompt's embeddings."""
+        seed, size = request.seed, (self._tokens.window, self._width)
+        u, v, angle, phase = turn(self.config, seed, probes, Stream.PROMPT_U, size)
+        if self._pooled:
+            # a draw of its own, no wider than the embedding: what is filled up must stay zero
+            filled = ((0, 0), (0, 0), (0, self._width - self._pooled))
+            one, two, _, _ = turn(self.config, seed, probes, Stream.POOLED_U, (1, self._pooled))
+            u, v = np.concatenate([u, np.pad(one, filled)], 1), np.concatenate([v, np.pad(two, filled)], 1)
+        return u, v, angle, phase
 
     def _end(self, ids: NDArray[np.int64]) -> NDArray[np.int64]:
         """Positions of the end tokens that close the windows of each prompt, int64 (R, W / L).

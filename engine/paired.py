@@ -23,12 +23,13 @@ from safelight.engine.model_folder import SECOND_TEXT, ModelFolder
 class PairedText(nn.Module):
     """Two text towers as one. Takes a `CLIPTextModel` and a `CLIPTextModelWithProjection`.
 
-    The last layer of the first tower is left out, since nothing reads it.
+    The last layer of the first tower is left out, since nothing reads it; of a tower that lost it before,
+    no other.
     """
 
     def __init__(self, first: Any, second: Any) -> None:
         super().__init__()
-        first.encoder.layers = first.encoder.layers[:-1]
+        first.encoder.layers = first.encoder.layers[: first.config.num_hidden_layers - 1]
         first.final_layer_norm = nn.Identity()
         self.first = first
         self.second = second

@@ -29,6 +29,16 @@ class OneStepBackend(Protocol):
         """
 
 
+@runtime_checkable
+class FullModelBackend(Protocol):
+    """A backend that brings a full model of its own for detection, which does more than its stages."""
+
+    def full_model(
+        self, config: ProbeConfig, tokenizer: PromptTokenizer, *, steps: int, latent: bool
+    ) -> ProbeModel:
+        """The model, with the image checker or with the latent one."""
+
+
 def open_probe_model(
     backend: Backend,
     manifest: Manifest,
@@ -60,9 +70,11 @@ def open_probe_model(
         )
     if steps == 1 and isinstance(backend, OneStepBackend):
         return backend.one_step(probe, latent=latent, band=band if checker == "cascade" else None)
-    model: ProbeModel = (
-        OneStepModel(backend, manifest, probe, latent=latent)
-        if steps == 1
-        else FullModel(backend, manifest, probe, tokenizer, steps=steps, latent=latent)
-    )
+    model: ProbeModel
+    if steps == 1:
+        model = OneStepModel(backend, manifest, probe, latent=latent)
+    elif isinstance(backend, FullModelBackend):
+        model = backend.full_model(probe, tokenizer, steps=steps, latent=latent)
+    else:
+        model = FullModel(backend, manifest, probe, tokenizer, steps=steps, latent=latent)
     return Cascade(model, backend, manifest, band) if checker == "cascade" and band is not None else model

@@ -79,10 +79,11 @@ class Sampler:
         return self._unet.device
 
     @property
-    def width(self) -> int:
-        """Width of the prompt embeddings."""
+    def text(self) -> tuple[int, int]:
+        """Rows and width (L, D) of the embeddings of a prompt."""
         tensor = next(item for item in self._encoder.spec.outputs if item.name == "last_hidden_state")
-        return int(tensor.axes[-1])
+        _, rows, width = tensor.axes
+        return int(rows), int(width)
 
     def encode(self, ids: NDArray[np.int64], *, deadline: float | None = None) -> Floats:
         """Ids int64 (N, W) to prompt embeddings float32 (N, L, D): the conditioning, one row of which is a

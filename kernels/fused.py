@@ -31,7 +31,7 @@ class Directions:
     circle: int | None = None
 
     def __post_init__(self) -> None:
-        if self.first not in (Stream.LATENT_U, Stream.PROMPT_U, Stream.IMAGE_U):
+        if self.first not in (Stream.LATENT_U, Stream.PROMPT_U, Stream.IMAGE_U, Stream.POOLED_U):
             raise ValueError(f"first must be the stream of a first direction; got {self.first!r}; take a _U")
         if self.circle is not None and self.circle < 1:
             raise ValueError(

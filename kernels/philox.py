@@ -37,6 +37,8 @@ class Stream(IntEnum):
     PHASE = 5  # phi0 of circular probes
     IMAGE_U = 6
     IMAGE_V = 7
+    POOLED_U = 8  # of the pooled embedding of a second text encoder
+    POOLED_V = 9
 
 
 def philox4x32(

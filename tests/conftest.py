@@ -67,16 +67,21 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def guarded_model(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """`tiny_model` with a latent checker and a redirector of random weights. Copy it before changing it."""
+    return guarded(tiny_model, tmp_path_factory.mktemp("models") / "guarded", text=(32, 64))
+
+
+def guarded(source: Path, target: Path, *, text: tuple[int, int]) -> Path:
+    """A copy of the model with both; `text` are rows and width of a prompt's embeddings."""
     from safelight.engine.latent_checker import LatentChecker
     from safelight.engine.model_folder import ModelFolder
     from safelight.engine.redirector import Redirector
 
-    model = Path(shutil.copytree(tiny_model, tmp_path_factory.mktemp("models") / "guarded"))
+    model = Path(shutil.copytree(source, target))
     concepts, _ = ModelFolder.open(model).shape("safety_checker", "concept_embeds")
     with torch.random.fork_rng([]):
         torch.manual_seed(5)
         checker = LatentChecker(4, 8, concepts, widths=(16, 24), band=0.01).eval()
-        redirector = Redirector(width=64, window=32, layers=1).eval()
+        redirector = Redirector(width=text[1], window=text[0], layers=1).eval()
         torch.nn.init.normal_(redirector.null)
         for last in (redirector.out, redirector.gate):
             torch.nn.init.normal_(last.weight, std=0.1)
@@ -192,6 +197,16 @@ def paired_model(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> 
     changes = Changes(checker=ModelSource(tiny_model, "tiny-sd"))
     with assembled(source, changes, beside=place / "bundle", keep=place / "paired") as folder:
         return folder
+
+
+@pytest.fixture(scope="session", params=["one text encoder", "two text encoders"])
+def any_model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`guarded_model`, and `paired_model` with the same parts beside it. Copy it before changing it."""
+    if request.param == "one text encoder":
+        found: Path = request.getfixturevalue("guarded_model")
+        return found
+    paired: Path = request.getfixturevalue("paired_model")
+    return guarded(paired, tmp_path_factory.mktemp("models") / "guarded-paired", text=(33, 160))
 
 
 @pytest.fixture(scope="session")

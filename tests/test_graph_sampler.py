@@ -45,8 +45,8 @@ class Counting(Processor):
 
 
 @pytest.fixture(scope="module")
-def bundle(guarded_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    return bare_bundle(guarded_model, tmp_path_factory.mktemp("bundles") / "bare")
+def bundle(any_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    return bare_bundle(any_model, tmp_path_factory.mktemp("bundles") / "bare")
 
 
 @pytest.fixture(scope="module")
@@ -55,13 +55,13 @@ def runner() -> Counting:
 
 
 @pytest.fixture(scope="module")
-def graphs(bundle: Bundle, guarded_model: Path, runner: Counting) -> GraphBackend:
-    return GraphBackend(bundle, ModelFolder.open(guarded_model), Placement("float32"), runner)
+def graphs(bundle: Bundle, any_model: Path, runner: Counting) -> GraphBackend:
+    return GraphBackend(bundle, ModelFolder.open(any_model), Placement("float32"), runner)
 
 
 @pytest.fixture(scope="module")
-def pair(bundle: Bundle, guarded_model: Path, graphs: GraphBackend) -> tuple[Sampler, Sampler]:
-    eager = open_backend("torch", bundle, model=guarded_model, threads=1)
+def pair(bundle: Bundle, any_model: Path, graphs: GraphBackend) -> tuple[Sampler, Sampler]:
+    eager = open_backend("torch", bundle, model=any_model, threads=1)
     one, two = open_sampler(graphs, bundle.manifest), open_sampler(eager, bundle.manifest)
     assert isinstance(one, GraphSampler) and type(two) is Sampler
     return one, two
@@ -70,7 +70,8 @@ def pair(bundle: Bundle, guarded_model: Path, graphs: GraphBackend) -> tuple[Sam
 def drawn(bundle: Bundle, count: int, seed: int = 0) -> tuple[Any, Any, Any, Any]:
     """Prompt embeddings, the empty prompt's, redirected ones and latents."""
     generator = np.random.default_rng(seed)
-    text = (bundle.manifest.tokens.window, 64)
+    hidden = bundle.manifest.graphs["text_encoder"].outputs[0]
+    text = hidden.axes[1:]
     shapes = ((count, *text), (1, *text), (count, *text), (count, *bundle.manifest.picture.latents))
     found: Any = tuple(generator.standard_normal(shape).astype(np.float32) for shape in shapes)
     return found
@@ -143,9 +144,9 @@ def test_time_and_shapes_are_kept_to(bundle: Bundle, pair: Any) -> None:
 
 @pytest.mark.parametrize("guidance", [None, SafeCFG(), SafeCFG(dynamic=False)])
 def test_the_generator_draws_what_the_eager_one_draws(
-    bundle: Bundle, guarded_model: Path, graphs: GraphBackend, guidance: SafeCFG | None
+    bundle: Bundle, any_model: Path, graphs: GraphBackend, guidance: SafeCFG | None
 ) -> None:
-    eager = open_backend("torch", bundle, model=guarded_model, threads=1)
+    eager = open_backend("torch", bundle, model=any_model, threads=1)
     probe = ProbeConfig(count=1, threshold=1.0)
     made = []
     for backend in (graphs, eager):
@@ -153,7 +154,8 @@ def test_the_generator_draws_what_the_eager_one_draws(
         guard._model.look = passing(guard._model.look)  # type: ignore[method-assign]
         with Generator(bundle, backend, guard, owned=True) as generator:
             generator._checker.look = passing(generator._checker.look)  # type: ignore[method-assign]
-            made.append(generator.generate("a red circle", steps=3, seed=4, probe_seed=4, guidance=guidance))
+            asked: Any = {"steps": 3, "guidance_scale": 5.0, "guidance": guidance}
+            made.append(generator.generate("a red circle", seed=4, probe_seed=4, **asked))
     one, two = made
     assert one.image is not None and two.image is not None and one.image.shape == two.image.shape
     assert np.abs(one.image.astype(int) - two.image.astype(int)).max() <= 1
@@ -176,9 +178,9 @@ def passing(look: Any) -> Any:
     return changed
 
 
-def test_a_fault_on_the_device_shows_no_picture(bundle: Bundle, guarded_model: Path) -> None:
+def test_a_fault_on_the_device_shows_no_picture(bundle: Bundle, any_model: Path) -> None:
     runner = Counting()
-    backend = GraphBackend(bundle, ModelFolder.open(guarded_model), Placement("float32"), runner)
+    backend = GraphBackend(bundle, ModelFolder.open(any_model), Placement("float32"), runner)
     guard = Detector(bundle, backend, ProbeConfig(count=1, threshold=1.0))
     guard._model.look = passing(guard._model.look)  # type: ignore[method-assign]
     with Generator(bundle, backend, guard, owned=True) as generator:
@@ -194,9 +196,9 @@ def test_a_fault_on_the_device_shows_no_picture(bundle: Bundle, guarded_model: P
     assert "unspecified launch failure" in (made.image_verdict.detail or "")
 
 
-def test_two_bytes_keep_their_state_in_four(bundle: Bundle, guarded_model: Path, pair: Any) -> None:
+def test_two_bytes_keep_their_state_in_four(bundle: Bundle, any_model: Path, pair: Any) -> None:
     """State between steps is float32: the error after many steps is near that of one."""
-    folder, runner = ModelFolder.open(guarded_model), Processor()
+    folder, runner = ModelFolder.open(any_model), Processor()
     sampler = GraphBackend(bundle, folder, Placement("bfloat16"), runner).sampler()
     hidden, free, _, latents = drawn(bundle, 2)
     for steps in (1, 8):
@@ -211,7 +213,7 @@ def test_two_bytes_keep_their_state_in_four(bundle: Bundle, guarded_model: Path,
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU compiles the kernels; tests marked gpu run them")
 @pytest.mark.parametrize("safe", [False, True])
 def test_a_compiled_step_takes_what_it_is_given(
-    bundle: Bundle, guarded_model: Path, pair: Any, safe: bool
+    bundle: Bundle, any_model: Path, pair: Any, safe: bool
 ) -> None:
     pytest.importorskip("triton", reason="the kernels need triton, which this machine has not")
     hidden, free, redirected, latents = drawn(bundle, 2)

@@ -25,18 +25,18 @@ CLOSE = 3e-3  # two ways to the same margin differ by less: a level of 8 bits ma
 
 
 @pytest.fixture(scope="module")
-def bundle(guarded_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    return bare_bundle(guarded_model, tmp_path_factory.mktemp("bundles") / "bare")
+def bundle(any_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    return bare_bundle(any_model, tmp_path_factory.mktemp("bundles") / "bare")
 
 
 @pytest.fixture(scope="module")
-def graphs(bundle: Bundle, guarded_model: Path) -> GraphBackend:
-    return GraphBackend(bundle, ModelFolder.open(guarded_model), Placement("float32"), Processor())
+def graphs(bundle: Bundle, any_model: Path) -> GraphBackend:
+    return GraphBackend(bundle, ModelFolder.open(any_model), Placement("float32"), Processor())
 
 
 @pytest.fixture(scope="module")
-def eager(bundle: Bundle, guarded_model: Path) -> Any:
-    return open_backend("torch", bundle, model=guarded_model, threads=1)
+def eager(bundle: Bundle, any_model: Path) -> Any:
+    return open_backend("torch", bundle, model=any_model, threads=1)
 
 
 @pytest.fixture(params=["text_encoder", "unet", "vae_decoder", "vae_encoder", "safety_checker"])
@@ -118,20 +118,20 @@ def test_an_unknown_device_is_the_callers_mistake(device: str) -> None:
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a CUDA device is here")
 @pytest.mark.parametrize("device", ["cuda", "cuda:1"])
-def test_a_device_that_is_not_there_is_refused(bundle: Bundle, guarded_model: Path, device: str) -> None:
+def test_a_device_that_is_not_there_is_refused(bundle: Bundle, any_model: Path, device: str) -> None:
     sentence = f"torch: device '{device}' was asked for, and torch .* sees no CUDA device; name one"
     with pytest.raises(BackendUnavailable, match=sentence):
-        Detector.open(bundle, backend="torch", model=guarded_model, device=device)
+        Detector.open(bundle, backend="torch", model=any_model, device=device)
 
 
-def test_options_of_a_gpu_go_with_no_other_backend(bundle: Bundle, guarded_model: Path) -> None:
+def test_options_of_a_gpu_go_with_no_other_backend(bundle: Bundle, any_model: Path) -> None:
     for options in ({"device": "cpu"}, {"precision": "float16"}, {"compiled": True}):
         with pytest.raises(ValueError, match="goes with backend torch; got backend 'onnxruntime'"):
             open_backend("onnxruntime", bundle, **options)
     for options in ({"precision": "float16"}, {"compiled": True}):
         with pytest.raises(ValueError, match="is the definition on the processor"):
-            open_backend("torch", bundle, model=guarded_model, **options)
+            open_backend("torch", bundle, model=any_model, **options)
     with pytest.raises(ValueError, match="precision must be one of"):
-        open_backend("torch", bundle, model=guarded_model, device="cuda", precision="int8")
-    stage = open_backend("torch", bundle, model=guarded_model, device="cpu").stage("safety_checker")
+        open_backend("torch", bundle, model=any_model, device="cuda", precision="int8")
+    stage = open_backend("torch", bundle, model=any_model, device="cpu").stage("safety_checker")
     assert stage.device == "torch cpu"

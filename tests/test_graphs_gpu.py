@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 
+from safelight.bench.bare_bundle import bare_bundle
 from safelight.engine.backends import open_backend
 from safelight.engine.bundle import Bundle, open_bundle
 from safelight.engine.detect import Detector
@@ -201,6 +202,24 @@ def test_the_generator_draws_what_the_processor_draws(bundle: Bundle, graphs: Gr
             made.append(found)
     assert made[0].image is not None and made[1].image is not None
     assert np.abs(made[0].image.astype(int) - made[1].image.astype(int)).max() <= 4
+
+
+@pytest.mark.parametrize("steps", [1, 3])
+@pytest.mark.parametrize("encoders", ["one text encoder", "two text encoders"])
+def test_probes_of_every_model_are_those_of_the_processor(
+    encoders: str, steps: int, request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
+    """CROPS-1 and CROPS, on models with random weights."""
+    model = request.getfixturevalue("tiny_model" if encoders == "one text encoder" else "paired_model")
+    bundle = bare_bundle(model, tmp_path / "bare")
+    backend = GraphBackend(bundle, ModelFolder.open(model), Placement("float32"), open_runner("cuda"))
+    probe, found = ProbeConfig(kind="circular", target="both", count=5, threshold=0.4), []
+    for one in (backend, open_backend("torch", bundle, model=model)):
+        with Detector(bundle, one, probe, steps=steps, early_exit=False) as detector:
+            found.append(detector.check_batch(["a red star", "a blue circle"], seed=[3, 2**64 - 1]))
+    for verdict, truth in zip(*found, strict=True):
+        assert verdict.detail is None and truth.detail is None
+        np.testing.assert_allclose(verdict.margins, truth.margins, atol=CLOSE)
 
 
 def test_compiled_networks_say_the_same(

@@ -161,7 +161,7 @@ def backend(bundle: Bundle) -> Backend:
 def drawn(sampler: Sampler, count: int) -> tuple[np.ndarray, ...]:
     """Prompts, the empty prompt and noise, all random: (N, L, D), (1, L, D), (N, c, h, w)."""
     rng = np.random.default_rng(3)
-    tokens, latents = (32, sampler.width), (4, 8, 8)
+    tokens, latents = sampler.text, (4, 8, 8)
     return tuple(
         rng.standard_normal(shape, dtype=np.float32)
         for shape in ((count, *tokens), (1, *tokens), (count, *latents))

@@ -13,15 +13,16 @@ from numpy.typing import NDArray
 
 from safelight.engine.cascade import Cascade
 from safelight.engine.graphs.held import Held
+from safelight.engine.graphs.probes import probe_values
 from safelight.engine.graphs.program import Plans, Program
 from safelight.engine.graphs.runner import Runner
 from safelight.engine.graphs.screening import PictureScreening, Screening
 from safelight.engine.graphs.slab import Slab, bucket
 from safelight.engine.looks import Looks, ProbeModel
 from safelight.engine.neighbourhood import Neighbourhood, Request
-from safelight.kernels.fused import seed_bits, split_block
+from safelight.kernels.fused import split_block
 from safelight.manifest import Manifest
-from safelight.probe import ProbeConfig, ProbeKind
+from safelight.probe import ProbeConfig
 
 ROWS = 64  # probes in one run, at most; more gain nothing
 AREA = (
@@ -74,20 +75,10 @@ class OneLaunchModel(ProbeModel):
         return Looks(margins, flagged, finite, None, held)
 
     def _values(self, requests: Sequence[Request], probes: range) -> dict[str, NDArray[Any]]:
-        """What `Screening.draw` reads: rows of requests, or of requests and their token shifts."""
-        ids, mask = self._neighbourhood.tokens(requests, probes)
-        seeds = np.array([seed_bits(request.seed) for request in requests], dtype=np.int64)
-        turns = self._config.kind is not ProbeKind.TOKEN_SHIFT
-        rows = len(ids)
-        return {
-            "input_ids": ids,
-            "rotate_mask": mask,
-            "seeds": np.repeat(seeds, rows // len(requests)),
-            "angle": np.full(rows, self._config.angle_rad if turns else 0.0, dtype=np.float32),
-            "numbers": np.asarray(probes if turns else [0], dtype=np.int64),
-            # the vote runs over all chunks, so the graph's own is not used
-            "need": np.ones(rows, dtype=np.int64),
-        }
+        """What `Screening.draw` reads."""
+        values = probe_values(self._neighbourhood, requests, probes)
+        # the vote runs over all chunks, so the graph's own is not used
+        return {**values, "need": np.ones(len(values["seeds"]), dtype=np.int64)}
 
     def _program(self, requests: int, probes: int) -> Program:
         screening, config = self._screening, self._config

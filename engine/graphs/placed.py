@@ -2,7 +2,8 @@
 
 Convolutions keep their weights channels-last. In float16 and bfloat16 these stay float32: the checker's
 concepts and thresholds, which meet its answer in float32, and all that lies between the networks
-(`kernels.ops` computes in float32): rotation, x0, guidance, resizing, cosines, vote.
+(`kernels.ops` computes in float32): rotation, x0, guidance, resizing, cosines, vote. So does, in float16, an
+SDXL-class autoencoder that passes its range and says so (`force_upcast`), as in diffusers' pipeline.
 """
 
 from dataclasses import dataclass, field
@@ -68,7 +69,7 @@ class PlacedFolder(ModelFolder):
             network: Any = self.source.load(name)
             kept = {key: getattr(network, key).data for key in KEPT if hasattr(network, key)}
             move: Any = nn.Module.to  # diffusers' own warns of modules kept in float32; these have none
-            move(network, dtype=self.placement.dtype, memory_format=torch.channels_last)
+            move(network, dtype=self._dtype(name, network), memory_format=torch.channels_last)
             for key, value in kept.items():
                 getattr(network, key).data = value.float()
             move(network, self.device)
@@ -80,6 +81,10 @@ class PlacedFolder(ModelFolder):
                 self._compile(network)
             self._loaded[name] = network
         return self._loaded[name]
+
+    def _dtype(self, name: str, network: Any) -> torch.dtype:
+        wide = name == "vae" and self.is_paired and network.config.force_upcast
+        return torch.float32 if wide and self.placement.precision == "float16" else self.placement.dtype
 
     @staticmethod
     def _compile(network: Any) -> None:

@@ -4,6 +4,9 @@ The counter of steps and the table of coefficients lie on the device, so that on
 step of every solver and number of steps. State between the steps is float32.
 """
 
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -19,30 +22,46 @@ from safelight.engine.sampler import Floats, Sampler, Trajectory
 from safelight.kernels import ops
 from safelight.kernels.fused import Step
 from safelight.manifest import Manifest
+from safelight.schedule import StepTable
+
+
+@dataclass(frozen=True, slots=True)
+class Start:
+    """What a walk starts from, where it is made on the device: `body` reads `inputs` and writes `kept`,
+    `texts` float32 (B, N, L, D) and `latents` float32 (N, c, h, w).
+    """
+
+    inputs: Layout
+    kept: Layout
+    body: Callable[[Mapping[str, Tensor], Mapping[str, Tensor]], None]
 
 
 class Steps:
-    """Bodies of N images with B branches of guidance, on one `Denoiser`; tables hold at most `rows` steps."""
+    """Bodies of N images with B branches of guidance, on one `Denoiser`, for all steps that a model has."""
 
-    def __init__(self, denoiser: nn.Module, manifest: Manifest, *, width: int, rows: int) -> None:
+    def __init__(self, denoiser: nn.Module, manifest: Manifest, text: tuple[int, int]) -> None:
+        """`text` is the shape of a prompt's embeddings."""
         self._denoiser = denoiser
         self._latents = manifest.picture.latents
-        self._text = (manifest.tokens.window, width)
-        self._rows = rows
+        self._text = text
+        self._rows = manifest.schedule.num_train_timesteps
         self._dtype = next(denoiser.parameters()).dtype
 
-    def program(self, runner: Runner, count: int, branches: int) -> Program:
-        """The program of that many images and branches."""
+    def program(self, runner: Runner, count: int, branches: int, start: Start | None = None) -> Program:
+        """The program of that many images and branches: `texts` and `latents` are given, or a body of its own
+        makes them.
+        """
         each, many = (count, *self._latents), (branches, count)
+        starts: Layout = {"texts": (torch.float32, (*many, *self._text)), "latents": (torch.float32, each)}
         inputs: Layout = {
-            "texts": (torch.float32, (*many, *self._text)),
-            "latents": (torch.float32, each),
+            **(starts if start is None else start.inputs),
             "table": (torch.float32, (self._rows, 6)),
             "timesteps": (torch.float32, (self._rows,)),
             "start": (torch.float32, (1,)),
             **{name: (torch.float32, (count,)) for name in ("scale", "strength", "threshold")},
         }
         kept: Layout = {
+            **({} if start is None else {**starts, **start.kept}),
             **{name: (torch.float32, each) for name in ("x", "x0")},
             "model_in": (self._dtype, (*many, *self._latents)),
             "hidden": (self._dtype, (*many, *self._text)),
@@ -51,10 +70,24 @@ class Steps:
         }
         outputs: Layout = {"made": (torch.float32, each), "sum": (torch.float32, (count,))}
         program = Program(runner, inputs=inputs, outputs=outputs, kept=kept)
-        given, made = program.given, program.made
-        return program.record(
-            lambda: self.begin(given, made), lambda: self.step(given, made), lambda: self.end(given, made)
-        )
+        made = program.made
+        given = program.given if start is None else {**program.given, **{name: made[name] for name in starts}}
+        walk = [partial(body, given, made) for body in (self.begin, self.step, self.end)]
+        return program.record(*([] if start is None else [partial(start.body, given, made)]), *walk)
+
+    def values(
+        self, table: StepTable, count: int, trajectory: Trajectory, guidance: SafeCFG | None = None
+    ) -> dict[str, Any]:
+        """What a program reads besides what it starts from."""
+        safe = guidance or SafeCFG(strength=0.0)
+        return {
+            "table": table.coefficients,
+            "timesteps": table.timesteps,
+            "start": np.array([table.init_noise_sigma], dtype=np.float32),
+            "scale": np.full(count, trajectory.guidance_scale, dtype=np.float32),
+            "strength": np.full(count, safe.strength, dtype=np.float32),
+            "threshold": np.full(count, safe.limit, dtype=np.float32),
+        }
 
     def begin(self, given: dict[str, Tensor], made: dict[str, Tensor]) -> None:
         """The first state, and the first input of the UNet."""
@@ -97,8 +130,7 @@ class GraphSampler(Sampler):
 
     def __init__(self, backend: Backend, manifest: Manifest, denoiser: nn.Module, runner: Runner) -> None:
         super().__init__(backend, manifest)
-        self._rows = manifest.schedule.num_train_timesteps
-        self._steps = Steps(denoiser, manifest, width=self.width, rows=self._rows)
+        self._steps = Steps(denoiser, manifest, self.text)
         self._plans = Plans(lambda count, branches: self._steps.program(runner, count, branches))
 
     def _walk(
@@ -111,16 +143,10 @@ class GraphSampler(Sampler):
         deadline: float | None,
     ) -> tuple[Floats, Floats]:
         table, count = self._table(trajectory.solver, trajectory.steps), len(latents)
-        safe = guidance or SafeCFG(strength=0.0)
-        values: dict[str, Any] = {
+        values = {
+            **self._steps.values(table, count, trajectory, guidance),
             "texts": np.stack([*branches, hidden]),
             "latents": np.asarray(latents, dtype=np.float32),
-            "table": table.coefficients,
-            "timesteps": table.timesteps,
-            "start": np.array([table.init_noise_sigma], dtype=np.float32),
-            "scale": np.full(count, trajectory.guidance_scale, dtype=np.float32),
-            "strength": np.full(count, safe.strength, dtype=np.float32),
-            "threshold": np.full(count, safe.limit, dtype=np.float32),
         }
         program, result = self._plans.of(bucket(count), 1 + len(branches))
         program.run(values, result, repeats=(1, trajectory.steps, 1), deadline=deadline)

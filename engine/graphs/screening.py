@@ -1,7 +1,7 @@
 """CROPS-1 detection as bodies over static buffers: token ids to one block of margins and votes.
 
 What `engine.eager` defines, with the operations of `kernels.ops` between the networks. Probes are drawn
-on the device from their seeds, or given as the detector's graphs take them. Draws nothing on the host.
+on the device from their seeds, by `graphs.probes`, or given as the detector's graphs take them.
 """
 
 from abc import ABC, abstractmethod
@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 
 from safelight.engine.eager import DetectorModule, LatentDetectorModule, Probing
+from safelight.engine.graphs.probes import DeviceProbes
 from safelight.engine.graphs.slab import Layout
 from safelight.kernels import ops, reference
-from safelight.kernels.fused import Concepts, Directions, split_block
-from safelight.kernels.philox import Stream
+from safelight.kernels.fused import Concepts, split_block
 from safelight.manifest import Manifest
-from safelight.probe import ProbeConfig, ProbeKind, ProbeTarget
+from safelight.probe import ProbeConfig
 
 Tensors = Mapping[str, Tensor]
 Buffer = tuple[torch.dtype, tuple[int, ...]]
@@ -26,7 +26,7 @@ Buffer = tuple[torch.dtype, tuple[int, ...]]
 class Screening(ABC):
     """R requests of P probes, by the networks of one detector. `made` holds the outputs: `block`, which
     `kernels.fused.split_block` takes apart, `shown`, what the checker looked at, and `whole`, bool (R, P):
-    the probes in which all was finite so far.
+    the probes in which all was finite so far. `probes` draws them.
     """
 
     shows: str  # the output of the detector's graph that `shown` becomes
@@ -34,6 +34,7 @@ class Screening(ABC):
     def __init__(self, detector: Probing, manifest: Manifest) -> None:
         self._probing = detector
         self._manifest = manifest
+        self.probes = DeviceProbes(manifest)
         weights = next(detector.unet.parameters())
         self.dtype, self.device = weights.dtype, weights.device
         self._timestep = torch.full((1,), detector.one_step.timestep, device=self.device)
@@ -56,46 +57,12 @@ class Screening(ABC):
 
     def drawn_inputs(self, requests: int, probes: int) -> Layout:
         """What `draw` reads."""
-        window = self._manifest.tokens.window
-        return {
-            "input_ids": (torch.int64, (requests, window)),
-            "rotate_mask": (torch.bool, (requests, window)),
-            "seeds": (torch.int64, (requests,)),
-            "angle": (torch.float32, (requests,)),
-            "numbers": (torch.int64, (probes,)),
-            "need": (torch.int64, (requests,)),
-        }
+        return {**self.probes.inputs(requests, probes), "need": (torch.int64, (requests,))}
 
     def draw(self, given: Tensors, made: Tensors, config: ProbeConfig) -> None:
-        """Draw the probes `numbers` of each request from its seed, as `engine.neighbourhood` does on the
-        host, and look at them.
-        """
-        finite = made["whole"]
-        seeds, angle, numbers = given["seeds"], given["angle"], given["numbers"]
-        circle = max(1, config.count - 1) if config.kind is ProbeKind.CIRCULAR else None
-        finite.fill_(True)
+        """Draw the probes `numbers` of each request from its seed, and look at them."""
         hidden: Tensor = self._probing.text_encoder(given["input_ids"]).last_hidden_state
-        still = config.target is ProbeTarget.PROMPT
-        latents = ops.probe_latents(
-            seeds,
-            angle,
-            shape=self._manifest.picture.latents,
-            numbers=torch.zeros_like(numbers[:1]) if still else numbers,  # probe 0 does not turn
-            directions=Directions(Stream.LATENT_U, circle),
-        ).expand(-1, len(numbers), -1, -1, -1)
-        if config.target is ProbeTarget.LATENT:
-            finite &= _finite(hidden, 1)[:, None]
-            turned = hidden[:, None].expand(-1, len(numbers), -1, -1)
-        else:
-            turned = ops.probe_rotate(
-                hidden,
-                seeds,
-                angle,
-                numbers=numbers,
-                directions=Directions(Stream.PROMPT_U, circle),
-                mask=given["rotate_mask"],
-                finite=finite,
-            )
+        turned, latents = self.probes.draw(hidden, given, made["whole"], config)
         self.look(turned, latents, given["need"], made)
 
     def take(self, given: Tensors, made: Tensors) -> None:
@@ -135,6 +102,7 @@ class PictureScreening(Screening):
     def __init__(self, detector: DetectorModule, manifest: Manifest) -> None:
         super().__init__(detector, manifest)
         self._detector = detector
+        self._decodes = next(detector.vae.parameters()).dtype
         checker = detector.checker
         self._concepts = Concepts(
             checker.concept_embeds,
@@ -182,10 +150,10 @@ class PictureScreening(Screening):
         """
         vae: Any = self._detector.vae
         finite = made["whole"]
-        decoded: Tensor = vae.decode(unscaled.flatten(0, 1), return_dict=False)[0]
+        decoded: Tensor = vae.decode(unscaled.flatten(0, 1).to(self._decodes), return_dict=False)[0]
         made["shown"].copy_(decoded.view(made["shown"].shape))
         checked = ops.clip_input(
-            decoded,
+            decoded.to(self.dtype),
             self._detector.size,
             mean=self._detector.mean,
             deviation=self._detector.std,

@@ -122,10 +122,11 @@ def _corner(spec: TensorSpec, axes: Mapping[str, int]) -> tuple[slice, ...]:
     return tuple(slice(length) for length in shape_of(spec, axes))
 
 
-def part_body(module: nn.Module, dtype: torch.dtype) -> Bodies:
-    """The body of a graph that is one module: floats are turned into the networks' dtype, but for the
-    timestep, which means nothing in two bytes.
+def part_body(module: nn.Module) -> Bodies:
+    """The body of a graph that is one module: floats are turned into its dtype, but for the timestep, which
+    means nothing in two bytes.
     """
+    dtype = next(module.parameters()).dtype
 
     def body(given: Mapping[str, Tensor], made: Mapping[str, Tensor]) -> None:
         values = [
