@@ -15,16 +15,16 @@ from safelight.bench.refcheck import REFCHECK
 from safelight.bench.rows import Row
 from safelight.engine.backends import Backend, open_backend
 from safelight.engine.bundle import Bundle, open_bundle
-from safelight.engine.calibration import SEED, Prompts, shapes_prompts
+from safelight.engine.calibration import SEED, shapes_prompts
 from safelight.engine.detect import Detector
 from safelight.engine.tune import compare
-from safelight.errors import BackendUnavailable
+from safelight.errors import BackendUnavailable, BundleError, ExportError
 from safelight.export.int8.bundle import quantize_bundle
 from safelight.verdict import Verdict
 
 BACKENDS = ("onnxruntime", "openvino", "openvino:bf16")
 INT8 = ("onnxruntime:int8", "openvino:int8")
-SAMPLES = 16  # prompts on which int8 is calibrated, and as many on which it must agree to be written
+PROMPTS = 48  # on which int8 is calibrated, and on which it must agree to be written
 BATCH = 32
 
 Found = tuple[list[Verdict], list[float]]
@@ -40,27 +40,21 @@ def measure(
 ) -> None:
     """Rows of each backend, on `limit` captions of each kind; handed over one by one."""
     bundle = open_bundle("shapes")
-    tune, tests = shapes_prompts(limit)
+    _, tests = shapes_prompts(limit)
     prompts = (*tests["test captions"].clean, *tests["test captions"].restricted)
     eager = screen(bundle, open_backend("torch", bundle, model=model, threads=threads), prompts)
     with TemporaryDirectory() as scratch:
         for name in (*BACKENDS, *INT8):
-            if name == INT8[0]:
-                bundle = _with_int8(bundle, Path(scratch) / "int8", tune, threads)
             try:
+                if name == INT8[0]:
+                    target, texts = Path(scratch) / "int8", shapes_prompts(PROMPTS)[0].mixed(PROMPTS)
+                    quantize_bundle(bundle, target, texts, threads=threads)
+                    bundle = open_bundle(target)
                 found = screen(bundle, open_backend(name, bundle, threads=threads), prompts)
-            except BackendUnavailable as fault:
+            except (BackendUnavailable, BundleError, ExportError) as fault:
                 on_line(f"{name}: no row: {fault}")
                 continue
             on_rows(rows(eager, found, found[0][0].backend, limit=limit, threads=threads))
-
-
-def _with_int8(bundle: Bundle, target: Path, tune: Prompts, threads: int) -> Bundle:
-    pairs = zip(tune.clean, tune.restricted, strict=True)
-    texts = tuple(dict.fromkeys(text for pair in pairs for text in pair))
-    calibrate, compare_on = texts[:SAMPLES], texts[SAMPLES : 2 * SAMPLES]
-    quantize_bundle(bundle, target, calibrate=calibrate, compare_on=compare_on, threads=threads)
-    return open_bundle(target)
 
 
 def screen(bundle: Bundle, backend: Backend, prompts: Sequence[str]) -> Found:

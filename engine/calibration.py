@@ -39,6 +39,11 @@ class Prompts:
         if not self.clean or not self.restricted:
             raise ValueError("calibration needs clean and restricted prompts, at least one of each")
 
+    def mixed(self, count: int) -> tuple[str, ...]:
+        """The first `count` different ones, of both kinds in turn; fewer where there are fewer."""
+        both = (text for pair in zip(self.clean, self.restricted, strict=False) for text in pair)
+        return tuple(dict.fromkeys(both))[:count]
+
 
 def shapes_prompts(limit: int) -> tuple[Prompts, dict[str, Prompts]]:
     """Captions of the shipped model, `limit` of each kind: those that choose (`tune` split, no held-out
@@ -147,6 +152,11 @@ def calibrate(
     """
     if not 0.0 < fpr < 1.0:
         raise ValueError(f"fpr must lie in (0, 1); got {fpr}")
+    if any(graph.int8 is not None for graph in bundle.manifest.graphs.values()):
+        raise SafelightError(
+            f"{bundle.folder} has int8 forms, made and compared at its present probes; calibrate the bundle "
+            "that it was made from, and quantize that again"
+        )
     if not angles:
         raise ValueError("angles must hold at least one angle in radians; got none")
     base = Bundle(bundle.folder, replace(bundle.manifest, rotate=rotate or bundle.manifest.rotate))

@@ -1,7 +1,8 @@
 """What can run here: one finding per backend and per extra, with the command that mends what is missing.
 
-A backend is usable where it has run a shipped graph; of torch and tensorrt, which run weights or engines of
-one's own, where its library and its device answer. Each is tried in a process of its own, so that a library
+A backend is usable where it has run a shipped graph (in float32 for int8, of which none is shipped: runtime
+and instructions are there); of torch and tensorrt, which run weights or engines of one's own, where its
+library and its device answer. Each is tried in a process of its own, so that a library
 that crashes or hangs on import is a finding, not the end. Nothing is repaired and no backend is chosen in
 place of another.
 """

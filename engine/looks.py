@@ -75,6 +75,13 @@ class ProbeModel(Protocol):
         """Where it runs, and by what."""
 
     @property
+    def drift(self) -> float:
+        """The largest difference from float32 that a margin was measured to have where it computes in int8;
+        what a cascade's band was calibrated on is float32.
+        """
+        return 0.0
+
+    @property
     def rows(self) -> int | None:
         """How many probes go best into one look, or None where the size of the pictures decides."""
         return None

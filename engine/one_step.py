@@ -5,7 +5,7 @@ from concurrent.futures import ThreadPoolExecutor, wait
 
 import numpy as np
 
-from safelight.engine.backends import Backend, Stage
+from safelight.engine.backends import INT8, Backend, Stage
 from safelight.engine.looks import Looks, ProbeModel
 from safelight.engine.neighbourhood import Neighbourhood, Request
 from safelight.manifest import Manifest
@@ -28,6 +28,12 @@ class OneStepModel(ProbeModel):
     def device(self) -> str:
         """Where it runs, and by what."""
         return self._stage.device
+
+    @property
+    def drift(self) -> float:
+        """See `ProbeModel`."""
+        form = self._stage.spec.int8
+        return form.margin if form is not None and self.device.endswith(INT8) else 0.0
 
     def distinct(self, request: Request, probes: int) -> int:
         """How many of the first `probes` probes differ."""

@@ -7,6 +7,7 @@ output, a rounding or a comparison with nothing but arithmetic in between: the r
 last convolution, the margins. Knows no model.
 """
 
+from collections.abc import Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -234,12 +235,16 @@ def _fits(tensor: ir.TensorProtocol, precision: str) -> bool:
 
 def exact_products(graph: ir.Graph) -> set[ir.Node]:
     """Products whose result reaches an output, a rounding or a comparison by arithmetic and moves alone."""
+    decided = (value for node in graph if node.op_type in _DECIDES for value in node.inputs)
+    return products_behind([*graph.outputs, *(value for value in decided if value is not None)])
+
+
+def products_behind(values: Sequence[ir.Value], *, through: Set[str] = frozenset()) -> set[ir.Node]:
+    """Products whose result reaches one of the values by arithmetic, moves, and operators `through` alone."""
     found: set[ir.Node] = set()
     seen: set[ir.Value] = set()
-    todo = list(graph.outputs)
-    todo += [
-        value for node in graph if node.op_type in _DECIDES for value in node.inputs if value is not None
-    ]
+    todo = list(values)
+    passed = _MOVES | _ARITHMETIC | {"Round", "Floor", "Ceil", "Where"} | through
     while todo:
         value = todo.pop()
         node = value.producer()
@@ -248,6 +253,6 @@ def exact_products(graph: ir.Graph) -> set[ir.Node]:
         seen.add(value)
         if node.op_type in PRODUCTS:
             found.add(node)
-        elif node.op_type in _MOVES | _ARITHMETIC | {"Round", "Floor", "Ceil", "Where"}:
+        elif node.op_type in passed:
             todo += [source for source in node.inputs if source is not None]
     return found

@@ -77,4 +77,6 @@ def open_probe_model(
         model = backend.full_model(probe, tokenizer, steps=steps, latent=latent)
     else:
         model = FullModel(backend, manifest, probe, tokenizer, steps=steps, latent=latent)
-    return Cascade(model, backend, manifest, band) if checker == "cascade" and band is not None else model
+    if checker != "cascade" or band is None:
+        return model
+    return Cascade(model, backend, manifest, band + model.drift)

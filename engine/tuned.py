@@ -1,8 +1,8 @@
 """`NAME.tuned.json` beside a bundle: which backend was fastest there, on which machine, by what measurement.
 
 Written by `tune`, read by `auto`. It names a backend out of those that exist and nothing else: whoever can
-write it can slow a detector down, or have it compute in bfloat16 or by this user's own engines, and no more.
-Runs nothing.
+write it can slow a detector down, or have it compute in bfloat16, in int8 or by this user's own engines, and
+no more. Runs nothing.
 """
 
 import json

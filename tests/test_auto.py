@@ -197,14 +197,14 @@ def test_tune_with_threads_leaves_out_what_cannot_run(
     bundle: Bundle, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Neither threads, which TensorRT does not take, nor an engine that is not trusted ends a measurement."""
-    _, tuned = tune(bundle, PROMPTS[:1], threads=1, repeats=1, candidates=("tensorrt",))
+    _, tuned = tune(bundle, PROMPTS, threads=1, repeats=1, candidates=("tensorrt",))
     assert tuned.trials[1].excluded.startswith("tensorrt: ") and tuned.winner == "onnxruntime"
 
     def distrusts(*arguments: object, **named: object) -> None:
         raise BundleError("the signature is not this user's")
 
     monkeypatch.setattr("safelight.engine.backends.tensorrt.open_backend", distrusts)
-    _, tuned = tune(bundle, PROMPTS[:1], threads=1, repeats=1, candidates=("tensorrt",))
+    _, tuned = tune(bundle, PROMPTS, threads=1, repeats=1, candidates=("tensorrt",))
     assert "signature" in tuned.trials[1].excluded and tuned.winner == "onnxruntime"
 
 
@@ -225,6 +225,13 @@ def test_small_is_what_the_lanes_call_small(bundle: Bundle, monkeypatch: pytest.
         border = replace(bundle.manifest, picture=picture)
         assert lanes_of(border, "detector", 2) == lanes
         assert choose(Bundle(bundle.folder, border)).backend == backend
+
+
+def test_less_than_float32_takes_no_part_where_all_prompts_pass(bundle: Bundle) -> None:
+    """A backend that never flags would agree on them."""
+    _, tuned = tune(bundle, ["a red circle"], threads=1, repeats=1, candidates=("openvino:bf16", "openvino"))
+    _, reduced, exact = tuned.trials
+    assert "give --prompts with some of both kinds" in reduced.excluded and not exact.excluded
 
 
 def test_tune_needs_a_prompt(bundle: Bundle) -> None:

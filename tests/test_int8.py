@@ -1,5 +1,5 @@
 """An int8 bundle: copied whole or not at all, judged against float32 before it is written, run by integer
-kernels in both runtimes, and as closed to what is not finite as any other.
+kernels in both runtimes, and closed to inputs that are not finite.
 """
 
 import shutil
@@ -24,7 +24,7 @@ from safelight.errors import BackendUnavailable, BundleError, ExportError, Safel
 from safelight.export.int8 import bundle as quantizing
 from safelight.export.int8.bundle import quantize_bundle
 from safelight.export.int8.recorded import record
-from safelight.manifest import INT8_GRAPHS, MANIFEST, Manifest
+from safelight.manifest import INT8_GRAPHS, MANIFEST, Int8Form, Manifest
 from safelight.models.shapes.captions import DEMO_PROMPTS
 
 PROMPTS = [prompt for _, prompt in DEMO_PROMPTS]
@@ -33,10 +33,7 @@ needs_int8 = pytest.mark.skipif(not HAS_INT8, reason="this processor adds no pro
 BOTH = ("onnxruntime:int8", "openvino:int8")
 
 
-def captions(count: int) -> tuple[str, ...]:
-    pool, _ = shapes_prompts(40)
-    both = (text for pair in zip(pool.clean, pool.restricted, strict=True) for text in pair)
-    return tuple(dict.fromkeys(both))[:count]
+CAPTIONS = shapes_prompts(48)[0].mixed(48)
 
 
 @pytest.fixture(scope="module")
@@ -47,8 +44,7 @@ def shapes() -> Bundle:
 @pytest.fixture(scope="module")
 def made(shapes: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     target = tmp_path_factory.mktemp("int8") / "shapes"
-    texts = captions(40)
-    quantize_bundle(shapes, target, calibrate=texts[:16], compare_on=texts[16:], threads=2)
+    quantize_bundle(shapes, target, CAPTIONS, threads=2)
     return open_bundle(target)
 
 
@@ -144,7 +140,12 @@ def test_the_copy_is_the_bundle_and_two_forms_more(shapes: Bundle, made: Bundle)
     assert ours.files.keys() - theirs.files.keys() == forms
     for name in INT8_GRAPHS:
         form = ours.graphs[name].int8
-        assert form is not None and form.products >= 30 and (form.verdicts, form.probes) == (24, 192)
+        assert (
+            form is not None
+            and 0 < form.blocked < form.verdicts
+            and form.products >= 25
+            and (form.verdicts, form.probes) == (32, 256)
+        )
         size = sum(ours.files[part].size_bytes for part in ours.graphs[name].parts())
         assert sum(ours.files[part].size_bytes for part in ours.graphs[name].parts(int8=True)) < 0.8 * size
     assert Manifest.load(made.folder, verify="full") == ours
@@ -152,7 +153,7 @@ def test_the_copy_is_the_bundle_and_two_forms_more(shapes: Bundle, made: Bundle)
 
 
 def test_the_inputs_of_the_calibration_are_those_of_a_check(shapes: Bundle) -> None:
-    samples = record(shapes, PROMPTS[:3], "image")
+    samples = record(shapes, dict(enumerate(PROMPTS[:3])), "image")
     assert len(samples) == 3
     stage = open_backend("onnxruntime", shapes, threads=1).stage("detector")
     stage.plan(requests=1, probes=shapes.manifest.probe.count)
@@ -169,21 +170,104 @@ def test_a_form_that_judges_otherwise_is_not_written(shapes, tmp_path, monkeypat
         return {name: (low / 50, high / 50) for name, (low, high) in real(*given, **named).items()}
 
     monkeypatch.setattr(quantizing, "measure", narrow)
-    texts = captions(8)
     with pytest.raises(ExportError, match=r"judges otherwise .* nothing was written"):
-        quantize_bundle(shapes, tmp_path / "out", calibrate=texts[:4], compare_on=texts[4:], threads=2)
+        quantize_bundle(shapes, tmp_path / "out", CAPTIONS[:8], calibrate=4, threads=2)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_prompts_of_both_kinds_are_needed_and_none_is_both(shapes: Bundle, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="got too few"):
-        quantize_bundle(shapes, tmp_path / "out", calibrate=["a"], compare_on=[])
-    with pytest.raises(ValueError, match="'a' is among the prompts of both kinds"):
-        quantize_bundle(shapes, tmp_path / "out", calibrate=["a", "b"], compare_on=["c", "a"])
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "mine").write_text("kept")
-    with pytest.raises(SafelightError, match="not an empty folder"):
-        quantize_bundle(shapes, tmp_path / "out", calibrate=["a"], compare_on=["b"])
+@needs_int8
+@pytest.mark.parametrize(
+    ("target", "prompts", "calibrate", "said"),
+    [
+        ("out", ("a",), 1, r"calibrate must lie in \[1, 1\)"),
+        ("out", ("a", "b"), 0, "got 0"),
+        ("out", ("a", "b", "a"), 1, "occurs twice"),
+        ("copy/detector/out", ("a", "b"), 1, "inside of the bundle"),
+        ("held", ("a", "b"), 1, "not an empty folder"),
+    ],
+)
+def test_a_call_that_proves_nothing_or_spoils_something(
+    copy: Path, tmp_path: Path, target, prompts, calibrate, said
+) -> None:
+    (tmp_path / "held").mkdir()
+    (tmp_path / "held" / "mine").write_text("kept")
+    with pytest.raises((ValueError, SafelightError), match=said):
+        quantize_bundle(open_bundle(copy), tmp_path / target, prompts, calibrate=calibrate)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["copy", "held"]
+    open_bundle(copy, verify="full")
+
+
+@needs_int8
+@pytest.mark.parametrize("kind", ["clean", "restricted"])
+def test_prompts_of_one_kind_do_not_show_that_int8_judges(shapes: Bundle, tmp_path: Path, kind: str) -> None:
+    """A checker that never flags would agree with float32 on prompts that all pass."""
+    texts = getattr(shapes_prompts(6)[0], kind)
+    with pytest.raises(ExportError, match=r"float32 blocks [04] of 4 prompts, .* of both kinds"):
+        quantize_bundle(shapes, tmp_path / "out", texts, calibrate=2, threads=2)
+    quantize_bundle(shapes, tmp_path / "out", texts, calibrate=2, threads=2, one_sided=True)
+
+
+@needs_int8
+def test_a_prompt_that_cannot_be_screened_is_no_agreement(shapes, tmp_path, monkeypatch) -> None:
+    for place in (1, 0):  # among those that are compared, and those that give the ranges
+        texts = ["a red circle", "a blue square", "a yellow star"]
+        texts[place] = "\ud800"
+        with pytest.raises(ExportError, match="gave error"):
+            quantize_bundle(shapes, tmp_path / "out", texts, calibrate=1, threads=2, one_sided=True)
+
+
+@needs_int8
+def test_what_float32_blocks_and_int8_lets_pass_is_never_written(shapes, tmp_path, monkeypatch) -> None:
+    real = Detector.check
+
+    def lenient(self, prompt, **named):
+        verdict = real(self, prompt, **named)
+        if not verdict.backend.endswith("int8"):
+            return verdict
+        return replace(verdict, blocked=False, reason=None, score=0.0)
+
+    monkeypatch.setattr(Detector, "check", lenient)
+    monkeypatch.setattr(quantizing, "MOST", 1.0)
+    with pytest.raises(ExportError, match="pass that float32 blocks"):
+        quantize_bundle(shapes, tmp_path / "out", CAPTIONS[:10], calibrate=4, threads=2)
+
+
+@needs_int8
+def test_a_cascade_widens_its_band_by_what_int8_was_seen_to_be_off(made: Bundle) -> None:
+    form, band = made.manifest.graphs["detector_latent"].int8, made.manifest.checker.latent_band
+    assert form is not None and band is not None
+    bands = {}
+    for backend in ("onnxruntime", "onnxruntime:int8"):
+        with Detector.open(made, backend=backend, checker="cascade", threads=1) as detector:
+            bands[backend] = detector._model._band
+    assert bands == {"onnxruntime": band, "onnxruntime:int8": band + form.margin}
+
+
+def test_int8_forms_are_not_calibrated_anew(made: Bundle, tmp_path: Path) -> None:
+    done = CliRunner().invoke(main, ["calibrate", str(made.folder), "--limit", "10"])
+    assert done.exit_code == 2 and "calibrate the bundle that it was made from" in done.stderr
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"products": 0}, {"verdicts_differ": 40}, {"blocked": -1}, {"probes_differ": 300}, {"margin": -1.0}],
+)
+def test_an_agreement_that_cannot_be_is_refused(changes: dict) -> None:
+    with pytest.raises(ValueError, match="no int8 form has such an agreement"):
+        replace(Int8Form("detector/int8.onnx", (), 40, 32, 16, 0, 256, 1, 0.1), **changes)
+
+
+def test_two_forms_do_not_share_a_file(made: Bundle) -> None:
+    graph = made.manifest.graphs["detector"]
+    assert graph.int8 is not None
+    with pytest.raises(ValueError, match="belongs to two graphs"):
+        replace(
+            made.manifest,
+            graphs={
+                **made.manifest.graphs,
+                "detector": replace(graph, int8=replace(graph.int8, path=graph.path)),
+            },
+        )
 
 
 def test_a_bundle_that_was_altered_is_not_quantized(copy: Path, tmp_path: Path) -> None:
@@ -191,7 +275,7 @@ def test_a_bundle_that_was_altered_is_not_quantized(copy: Path, tmp_path: Path) 
     graph = copy / "vae_encoder" / "model.onnx"
     graph.write_bytes(graph.read_bytes()[:-1] + b"!")
     with pytest.raises(BundleError, match="was altered"):
-        quantize_bundle(bundle, tmp_path / "out", calibrate=["a"], compare_on=["b"])
+        quantize_bundle(bundle, tmp_path / "out", ["a", "b"], calibrate=1)
     assert not (tmp_path / "out").exists()
 
 
@@ -234,28 +318,34 @@ def test_a_bundle_without_the_form_says_what_makes_it(shapes: Bundle) -> None:
 
 
 @pytest.mark.parametrize("backend", BOTH)
-def test_a_processor_that_cannot_add_bytes_is_refused(made, backend, monkeypatch) -> None:
-    monkeypatch.setattr(backends, "cpu_flags", lambda: ("avx2", "avx512f"))
-    with pytest.raises(BackendUnavailable, match=f"{backend}: this processor has none of avx512_vnni"):
+@pytest.mark.parametrize("flags", [("avx2", "avx512f"), None])
+def test_a_processor_that_cannot_add_bytes_is_refused(made, backend, flags, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(backends, "cpu_flags", lambda: flags)
+    monkeypatch.setattr(backends, "machine", lambda: "x86_64")
+    with pytest.raises(BackendUnavailable, match=f"{backend}: this processor is not known to have any of"):
         open_backend(backend, made)
+    with pytest.raises(BackendUnavailable, match="is not known to have any of"):
+        quantize_bundle(made, tmp_path / "out", CAPTIONS)
+    monkeypatch.setattr(backends, "machine", lambda: "aarch64")
+    open_backend(backend, made)
 
 
 def test_the_command_quantizes_shapes_by_its_own_captions(tmp_path: Path) -> None:
     out = tmp_path / "out"
     done = CliRunner().invoke(
-        main, ["quantize", "shapes", str(out), "--calibrate", "8", "--compare", "4", "--threads", "2"]
+        main, ["quantize", "shapes", str(out), "--calibrate", "8", "--compare", "10", "--threads", "2"]
     )
     assert done.exit_code == 0, done.output
-    assert "detector_latent" in done.output and "0 of 4 verdicts" in done.output
+    assert "detector_latent" in done.output and "0 of 10 verdicts" in done.output
     shown = CliRunner().invoke(main, ["inspect", str(out)]).output
-    assert shown.count("int8 form") == 2 and "products; 0 of 4 verdicts" in shown
+    assert shown.count("int8 form") == 2 and "products; 0 of 10 verdicts" in shown
 
 
 @pytest.mark.parametrize(
     ("more", "said"),
     [
         ((), "was not made from shapes: give --prompts"),
-        (("--prompts", "few.txt"), "2 different prompts are fewer than the 48"),
+        (("--prompts", "few.txt"), "2 different prompts are fewer than 48"),
         (("--prompts", "none.txt"), "none.txt"),
     ],
 )

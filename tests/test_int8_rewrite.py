@@ -152,7 +152,19 @@ def test_short_sums_and_what_decides_stay_float32() -> None:
         {"w": weight(WIDE, 3)},
         [3, WIDE],
     )
-    assert [len(products(model.graph)) for model in (short, margins, rounded, both)] == [0, 0, 0, 1]
+    norm = made(
+        [
+            node("MatMul", "x w", "p"),
+            node("ReduceL2", "p", "n", keepdims=1),
+            node("IsInf", "n", "i"),
+            node("Softmax", "p", "s", axis=-1),
+            node("Where", "i x s", "y"),
+        ],
+        {"w": weight(WIDE, WIDE)},
+        [3, WIDE],
+    )
+    found = [len(products(model.graph)) for model in (short, margins, rounded, norm, both)]
+    assert found == [0, 0, 0, 0, 1]
     x = weight(3, WIDE)
     before = run(margins, x)
     assert to_int8(margins, {}) == 0
@@ -182,9 +194,9 @@ def test_ranges_are_the_extremes_over_all_inputs(tmp_path) -> None:
     path = tmp_path / "graph.onnx"
     ir.save(model, path)
     inputs = [{"x": weight(2, 32, 4, 4) * scale} for scale in (1.0, 3.0, 0.5)]
-    seen: list[int] = []
-    found = ranges.measure(path, inputs, tmp_path, threads=1, on_sample=seen.append)
-    assert seen == [1, 2, 3] and set(found) == {"x", "p"}
+    seen: list[float] = []
+    found = ranges.measure(path, inputs, tmp_path, threads=1, on_share=seen.append)
+    assert seen == pytest.approx([1 / 3, 2 / 3, 1]) and set(found) == {"x", "p"}
     assert found["x"] == (min(i["x"].min() for i in inputs), max(i["x"].max() for i in inputs))
     weights = {"w": w, "b": np.zeros(5, np.float32)}
     linear = made([CONV[0], node("Identity", "p", "y")], weights, [2, 32, 4, 4])
@@ -198,5 +210,11 @@ def test_a_range_needs_inputs_and_finite_values(tmp_path) -> None:
     ir.save(made(MATMUL, {"w": weight(WIDE, 5)}, [3, WIDE]), path)
     with pytest.raises(ValueError, match="at least one prompt"):
         ranges.measure(path, [], tmp_path, threads=1)
+    short = tmp_path / "short.onnx"
+    ir.save(made(MATMUL, {"w": weight(NARROW, 5)}, [3, NARROW]), short)
+    with pytest.raises(ExportError, match="no product that int8 is worth"):
+        ranges.measure(short, [{"x": weight(3, NARROW)}], tmp_path, threads=1)
+    with pytest.raises(ExportError, match="could not be measured by ONNX Runtime"):
+        ranges.measure(path, [{"x": weight(3, NARROW)}], tmp_path, threads=1)
     with pytest.raises(ExportError, match="x is not finite"):
         ranges.measure(path, [{"x": np.full((3, WIDE), np.inf, np.float32)}], tmp_path, threads=1)

@@ -9,6 +9,7 @@ on at once. An explicit request never falls back to another backend.
 from collections.abc import Mapping
 from importlib import import_module
 from pathlib import Path
+from platform import machine
 from typing import Any, Protocol
 
 import numpy as np
@@ -34,6 +35,7 @@ _NEEDS = {  # runtime -> what pip is asked for
     "tensorrt": "safelight[tensorrt]",
     "torch": "safelight[torch]",
 }
+SUMS_OF_BYTES = frozenset({"avx512_vnni", "avx_vnni", "amx_int8"})  # without them 16 bits overflow
 LANES = 8
 SMALL = 256  # latents of at most this many pixels are small: 128 px pictures of the usual models
 
@@ -143,12 +145,14 @@ def int8_of(variant: str, graph: str) -> bool:
 
 
 def check_int8(backend: str) -> None:
-    """Raises BackendUnavailable where the processor cannot add up products of bytes without an overflow."""
-    flags = cpu_flags()
-    if flags is not None and not {"avx512_vnni", "avx_vnni", "amx_int8"} & set(flags):
+    """Raises BackendUnavailable where the processor may not add up products of bytes without an overflow:
+    one of Intel's or AMD's kind without the instructions for it, or of which nobody knows.
+    """
+    flags = set(cpu_flags() or ())
+    if machine().lower() in ("x86_64", "amd64", "i386", "i686") and not flags & SUMS_OF_BYTES:
         raise BackendUnavailable(
-            f"{backend}: this processor has none of avx512_vnni, avx_vnni, amx_int8; do: ask for "
-            f"{backend.partition(':')[0]}, which computes in float32"
+            f"{backend}: this processor is not known to have any of {', '.join(sorted(SUMS_OF_BYTES))}; do: "
+            f"ask for {backend.partition(':')[0]}, which computes in float32"
         )
 
 

@@ -39,7 +39,7 @@ class OrtStage:
 
     @property
     def device(self) -> str:
-        """See `Stage`; read from the session."""
+        """See `Stage`; the provider is read from the session, int8 is said where that form was opened."""
         return f"onnxruntime {self._session.get_providers()[0]}{self._precision}"
 
     @property

@@ -53,7 +53,9 @@ class OvStage:
 
     @property
     def device(self) -> str:
-        """See `Stage`; read from the compiled graph, with the precision that it computes in."""
+        """See `Stage`; read from the compiled graph, with the precision that it computes in, or int8 where
+        that form was compiled.
+        """
         return self._device
 
     @property

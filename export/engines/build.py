@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from safelight.engine.bundle import Bundle
 from safelight.engine.cuda import Cuda
@@ -43,6 +43,7 @@ from safelight.engine.engines.store import (
 )
 from safelight.errors import BackendUnavailable, BundleError, ExportError, SafelightError
 from safelight.export.engines.compile import Job
+from safelight.export.progress import Progress
 
 CURRENT = "current"
 _COPY, _LOWERED = "source", "lowered"  # the private copy, and beside its graph the one in low precision
@@ -52,13 +53,6 @@ _FULL = {
     errno.EFBIG: "files may not grow",
 }
 _CLOSED = (errno.EROFS, errno.EACCES, errno.EPERM)
-
-
-class Progress(Protocol):
-    """Told what is going on, and the share of the build that is done where it is known."""
-
-    def __call__(self, step: str, share: float | None = None) -> None:
-        """Show it."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,55 +6,66 @@ ONNX Runtime, in float32. Knows no model.
 """
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+import numpy as np
 import onnx_ir as ir
 import onnxruntime as ort
 
 from safelight.engine.backends import Array
 from safelight.engine.precision import save_graph
-from safelight.errors import ExportError
+from safelight.errors import ExportError, SafelightError
 from safelight.export.int8.rewrite import Range, watched
 
+_FINITE = "finite"  # the output by which a detector says that a probe was whole
 _EXTREMES = ("ReduceMin", "ReduceMax")
 
 
 def measure(
     graph: Path,
-    samples: Iterable[Mapping[str, Array]],
+    samples: Sequence[Mapping[str, Array]],
     scratch: Path,
     *,
     threads: int,
-    on_sample: Callable[[int], None] = lambda done: None,
+    on_share: Callable[[float], None] = lambda share: None,
 ) -> dict[str, Range]:
     """The range, by name, of every value that `to_int8` asks for.
 
-    Writes a graph into the folder `scratch`. Raises ExportError where a range is not finite, and ValueError
-    without samples.
+    Writes a graph into the folder `scratch`. Raises ExportError where a range is not finite, where the graph
+    has no such value, and where ONNX Runtime cannot run it, and ValueError without samples.
     """
+    if not samples:
+        raise ValueError("a range is measured on at least one prompt; got none")
     model = ir.load(graph)
     names = [str(value.name) for value in watched(model.graph)]
-    outputs = _say_extremes(model.graph)
+    if not names:
+        raise ExportError(f"{graph} has no product that int8 is worth; use it in float32")
+    asked = [*_say_extremes(model.graph), *(str(o.name) for o in model.graph.outputs if o.name == _FINITE)]
     options = ort.SessionOptions()
     options.log_severity_level = 3
     options.intra_op_num_threads = threads
     options.enable_cpu_mem_arena = False
-    session = ort.InferenceSession(save_graph(model, scratch), options, providers=["CPUExecutionProvider"])
     low, high = dict.fromkeys(names, math.inf), dict.fromkeys(names, -math.inf)
-    done = 0
-    for inputs in samples:
-        found = [float(value) for value in session.run(outputs, dict(inputs))]
-        for name, least, most in zip(names, found[::2], found[1::2], strict=True):
-            if not (math.isfinite(least) and math.isfinite(most)):
-                raise ExportError(
-                    f"{graph}: {name} is not finite on a prompt of the calibration; name others"
-                )
-            low[name], high[name] = min(low[name], least), max(high[name], most)
-        done += 1
-        on_sample(done)
-    if not done:
-        raise ValueError("a range is measured on at least one prompt; got none")
+    try:
+        session = ort.InferenceSession(
+            save_graph(model, scratch), options, providers=["CPUExecutionProvider"]
+        )
+        for done, inputs in enumerate(samples, start=1):
+            found = session.run(asked, dict(inputs))
+            whole = all(bool(np.all(value)) for value in found[2 * len(names) :])
+            for index, name in enumerate(names):
+                least, most = (float(value) for value in found[2 * index : 2 * index + 2])
+                if not (whole and math.isfinite(least) and math.isfinite(most)):
+                    raise ExportError(f"{graph}: {name} is not finite on one of the prompts; name others")
+                low[name], high[name] = min(low[name], least), max(high[name], most)
+            on_share(done / len(samples))
+    except SafelightError:
+        raise
+    except Exception as fault:  # ONNX Runtime's own exceptions share no base class
+        raise ExportError(
+            f"{graph} could not be measured by ONNX Runtime ({fault}); free memory and disk, and try again"
+        ) from fault
     return {name: (low[name], high[name]) for name in names}
 
 

@@ -1,6 +1,6 @@
 """The inputs that a detector makes of prompts, without running its graph. Knows no runtime."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import numpy as np
 
@@ -8,6 +8,7 @@ from safelight.engine.backends import Array, Stage, axes_of, shape_of
 from safelight.engine.bundle import Bundle
 from safelight.engine.detect import Detector
 from safelight.engine.probe_model import CheckerKind
+from safelight.errors import ExportError
 from safelight.manifest import GraphEntry
 
 
@@ -42,13 +43,15 @@ class _Recorder:
         """See `Stage`."""
 
 
-def record(bundle: Bundle, prompts: Sequence[str], checker: CheckerKind) -> list[dict[str, Array]]:
+def record(bundle: Bundle, prompts: Mapping[int, str], checker: CheckerKind) -> list[dict[str, Array]]:
     """The inputs of the graph by which `checker` (`image`, `latent`) looks at the probes: those of each
-    prompt, which has its place in the list as its seed, in one run or several.
+    prompt, by its seed, in one run or several. Raises ExportError for a prompt that cannot be screened.
     """
     recorder = _Recorder(bundle)
     probe = bundle.manifest.probe
     with Detector(bundle, recorder, probe, checker=checker, early_exit=False) as detector:
-        for seed, prompt in enumerate(prompts):
-            detector.check(prompt, seed=seed)
+        for seed, prompt in prompts.items():
+            verdict = detector.check(prompt, seed=seed)
+            if verdict.reason is not None:  # the recorder saw nothing, so this is an error
+                raise ExportError(f"{prompt!r} gave {verdict.reason} ({verdict.detail}); leave it out")
     return recorder.kept

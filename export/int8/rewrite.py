@@ -3,8 +3,10 @@ DequantizeLinear), which ONNX Runtime and OpenVINO both turn into integer kernel
 
 What a product reads is an unsigned byte by one affine scale; its weights are signed bytes, symmetric, with a
 scale for each output channel. So is what a convolution gives, since ONNX Runtime has integer convolutions
-between bytes alone. All else stays float32, and so do products whose result is only moved or added up before
-it is rounded, compared or given out. Knows no model and no runtime.
+between bytes alone. All else computes in float32, and so do products whose result is only moved or added up
+before it is rounded, compared, given out, or asked whether it is finite. A byte holds no NaN: what is not
+finite inside of a network, which finite weights cannot bring about between bytes, does not come out of it.
+Knows no model and no runtime.
 
 Post-training static quantisation as in Jacob et al., arXiv 1712.05877, equations 1 to 5.
 """
@@ -16,7 +18,7 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from safelight.engine.precision import exact_products, widened_weights
+from safelight.engine.precision import exact_products, products_behind, widened_weights
 
 PRODUCTS = frozenset({"Conv", "MatMul"})  # Gemm is left: the usual models have it once a step, for one row
 SMALLEST = 256  # terms of a sum; products of shorter ones cost little and lose most
@@ -26,9 +28,14 @@ _BIAS = 2.0**30  # the largest bias in steps of its scale; int32 holds twice tha
 Range = tuple[float, float]
 
 
+_ASKED = frozenset({"IsNaN", "IsInf"})
+_SUMS = frozenset({"ReduceL1", "ReduceL2", "ReduceSum", "ReduceSumSquare", "Sqrt", "Pow", "Abs", "Cast"})
+
+
 def products(graph: ir.Graph) -> list[ir.Node]:
     """The products that `to_int8` rewrites, in the graph's order."""
-    weights, exact = widened_weights(graph), exact_products(graph)
+    asked = [value for node in graph if node.op_type in _ASKED for value in node.inputs if value is not None]
+    weights, exact = widened_weights(graph), exact_products(graph) | products_behind(asked, through=_SUMS)
     found = []
     for node in graph:
         if node.op_type not in PRODUCTS or node in exact:

@@ -92,14 +92,16 @@ class TensorSpec:
 class Int8Form:
     """The same graph with `products` of its products in int8: an ONNX file, and the files of its weights.
 
-    What follows is its agreement with the float32 graph, measured when it was made: how many of `verdicts`
-    verdicts and of `probes` probes it judged otherwise, and the largest difference of a margin.
+    What follows is its agreement with the float32 graph, measured when it was made, in ONNX Runtime: of
+    `verdicts` verdicts, `blocked` of which block, and of `probes` probes how many it judged otherwise, and
+    the largest difference of a margin. Raises ValueError for counts that cannot be.
     """
 
     path: str
     external: tuple[str, ...]
     products: int
     verdicts: int
+    blocked: int
     verdicts_differ: int
     probes: int
     probes_differ: int
@@ -107,11 +109,18 @@ class Int8Form:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "external", tuple(self.external))
+        parts = (
+            (self.blocked, self.verdicts),
+            (self.verdicts_differ, self.verdicts),
+            (self.probes_differ, self.probes),
+        )
+        if self.products < 1 or not self.margin >= 0 or not all(0 <= part <= whole for part, whole in parts):
+            raise ValueError(f"{self.path}: no int8 form has such an agreement: {self}")
 
     def __str__(self) -> str:
         return (
-            f"{self.verdicts_differ} of {self.verdicts} verdicts and {self.probes_differ} of {self.probes} "
-            f"probes differ, margins by {self.margin:.1e}"
+            f"{self.verdicts_differ} of {self.verdicts} verdicts ({self.blocked} block) and "
+            f"{self.probes_differ} of {self.probes} probes differ, margins by {self.margin:.1e}"
         )
 
 
@@ -302,6 +311,9 @@ class Manifest:
                 raise ValueError(f"{unlisted[0]!r} belongs to a graph and is not among the files")
             if graph.int8 is not None and name not in INT8_GRAPHS:
                 raise ValueError(f"{name} has an int8 form; only {INT8_GRAPHS} may have one")
+        parts = [part for graph in self.graphs.values() for part in graph.all_parts]
+        if twice := [part for part in parts if parts.count(part) > 1]:
+            raise ValueError(f"{twice[0]!r} belongs to two graphs")
 
     @property
     def schedule(self) -> NoiseSchedule:

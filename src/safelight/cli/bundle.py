@@ -81,7 +81,8 @@ def export(model: str, bundle: Path, **options: Any) -> None:
 def verify(bundle: Path, model: Path | None, as_json: bool) -> int:
     """Compare every graph of BUNDLE with the eager reference at several shapes; exit 1 where one differs.
 
-    The error shown is that of the output that is worst against its tolerance; a wrong decision has none.
+    The error shown is that of the output that is worst against its tolerance; a wrong decision has none. Of
+    int8 forms the digests are compared; their agreement was measured when they were made (`inspect`).
     """
     from safelight.export.verify import verify_bundle
 

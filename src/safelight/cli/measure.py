@@ -251,7 +251,7 @@ def bench_cpu(
 @click.option("--threads", type=click.IntRange(1), default=1, show_default=True, help="Processor threads.")
 @OUT
 def bench_agreement(model: Path, limit: int, threads: int, out: Path) -> None:
-    """Whether each backend, and int8 parts, judge the shipped captions as the eager reference does."""
+    """Whether each backend, int8 included, judges the shipped captions as the eager reference does."""
     from safelight.bench.agreement import measure
 
     measure(
