@@ -37,6 +37,11 @@ class Cascade(ProbeModel):
         """Where it runs, and by what."""
         return self._student.device
 
+    @property
+    def rows(self) -> int | None:
+        """See `ProbeModel`: those of the student."""
+        return self._student.rows
+
     def distinct(self, request: Request, probes: int) -> int:
         """How many of the first `probes` probes differ."""
         return self._student.distinct(request, probes)

@@ -13,7 +13,7 @@ from safelight.engine.backends import Backend, Stage
 from safelight.engine.looks import Looks, PictureChecker
 from safelight.engine.neighbourhood import turn
 from safelight.engine.picture import read_picture, to_square, views
-from safelight.engine.sampler import to_pictures
+from safelight.engine.sampler import PictureDecoder
 from safelight.kernels import host
 from safelight.kernels.philox import Stream
 from safelight.manifest import Manifest
@@ -27,7 +27,7 @@ class ImageProbes:
         self._backend = backend
         self._picture = manifest.picture
         self._checker = PictureChecker(backend.stage("safety_checker"), manifest.checker)
-        self._autoencoder: tuple[Stage, Stage] | None = None
+        self._autoencoder: tuple[Stage, PictureDecoder] | None = None
 
     @property
     def device(self) -> str:
@@ -69,7 +69,9 @@ class ImageProbes:
     def _around(self, pixels: Any, probe: ProbeConfig, seed: int, deadline: float | None) -> Any:
         """Pictures float32 (count - 1, 3, S, S) in [0, 1] of the turned latents, probes 1 .. count - 1."""
         if self._autoencoder is None:
-            self._autoencoder = self._backend.stage("vae_encoder"), self._backend.stage("vae_decoder")
+            # no UNet reads these latents, so they keep the encoder's own scale
+            decoder = PictureDecoder(self._backend.stage("vae_decoder"), 1.0)
+            self._autoencoder = self._backend.stage("vae_encoder"), decoder
         encoder, decoder = self._autoencoder
         encoder.plan(batch=1)
         square = to_square(pixels, self._picture.size)[None] * 2 - 1
@@ -78,9 +80,7 @@ class ImageProbes:
         u, v, angle, phase = turn(probe, seed, range(1, probe.count), Stream.IMAGE_U, flat.shape[1:])
         turned = host.probe_rotate(flat, u[None], v[None], angle[None], phase[None])
         rows = turned.reshape(-1, *latents.shape[1:])
-        decoder.plan(batch=len(rows))
-        decoded = decoder.run({"latent_sample": rows}, deadline=deadline)["sample"]
-        return to_pictures(rows, decoded)
+        return decoder.decode(rows, deadline=deadline)
 
     def close(self) -> None:
         """Free the stages."""

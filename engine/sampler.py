@@ -21,6 +21,7 @@ from safelight.manifest import Manifest
 from safelight.schedule import Solver
 
 Floats = NDArray[np.float32]
+DECODED = 4 * 64 * 64 * 4  # bytes of one channel of the latents that a decoder takes at once
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,8 +44,19 @@ class Trajectory:
         return self.guidance_scale > 1.0
 
 
+def decoded_at_once(height: int, width: int, itemsize: int = 4) -> int:
+    """How many latents of this size a decoder takes at once, at least one. Its widest features lie in the
+    picture's own size: 256 channels of 512 px are 256 MiB in float32, and there are several at a time.
+
+    In float32 that is 4 of 512 px and one of 1024 px, in two bytes twice as many, and 256 of 64 px.
+    """
+    return max(1, DECODED // (height * width * itemsize))
+
+
 class PictureDecoder:
-    """The autoencoder's decoder of a bundle."""
+    """The autoencoder's decoder of a bundle. Large pictures are decoded in pieces, so that their number does
+    not decide how much memory it takes.
+    """
 
     def __init__(self, stage: Stage, scaling_factor: float) -> None:
         self._stage = stage
@@ -52,6 +64,12 @@ class PictureDecoder:
 
     def decode(self, latents: Floats, *, deadline: float | None = None) -> Floats:
         """Scaled latents (N, c, h, w) to pictures float32 (N, 3, H, W) in [0, 1], by `to_pictures`."""
+        piece = decoded_at_once(*latents.shape[2:])
+        pieces = [latents[at : at + piece] for at in range(0, len(latents), piece)]
+        made = [self._decode(part, deadline) for part in pieces]
+        return made[0] if len(made) == 1 else np.concatenate(made)
+
+    def _decode(self, latents: Floats, deadline: float | None) -> Floats:
         self._stage.plan(batch=len(latents))
         unscaled = latents / self._scaling_factor
         return to_pictures(latents, self._stage.run({"latent_sample": unscaled}, deadline=deadline)["sample"])

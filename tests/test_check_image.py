@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from safelight.engine import sampler
 from safelight.engine.backends import open_backend
 from safelight.engine.bundle import open_bundle
 from safelight.engine.detect import Detector
@@ -182,6 +183,18 @@ def test_probes_turn_the_latents_of_the_encoder(detector: Detector, spotter: Spo
     assert verdict.margins == again.margins
     assert len(seen["decoder"]) == 3 and not np.allclose(seen["decoder"][2]["sample"], decoded, atol=1e-3)
     assert other.margins[0] == verdict.margins[0]
+
+
+def test_large_probes_are_decoded_in_pieces(
+    detector: Detector, spotter: Spotter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pixels, made = plain(40, 60, red=slice(0, 12)), list[np.ndarray]()
+    spotter.changes = {"vae_decoder": lambda found: made.append(found["sample"].copy()) or found}
+    assert detector.check_image(pixels, probe=LATENTS, seed=3).probes == 6
+    monkeypatch.setattr(sampler, "DECODED", 2 * 8 * 8 * 4)
+    assert detector.check_image(pixels, probe=LATENTS, seed=3).probes == 6
+    assert [len(part) for part in made] == [5, 2, 2, 1]
+    np.testing.assert_allclose(np.concatenate(made[1:]), made[0], atol=1e-5)
 
 
 def test_a_probe_depends_on_its_number_alone(detector: Detector, spotter: Spotter) -> None:

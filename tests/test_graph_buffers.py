@@ -1,5 +1,5 @@
 """Static buffers, and programs over them, on the processor: one copy in, one copy out, one wait, and no
-buffer that ever moves.
+buffer that ever moves. How what is recorded computes.
 """
 
 import math
@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from safelight.engine.graphs.program import Program
-from safelight.engine.graphs.runner import Body, Processor
+from safelight.engine.graphs.runner import Body, Processor, arithmetic
 from safelight.engine.graphs.slab import ALIGNMENT, Layout, Slab, bucket, fill
 
 CPU = torch.device("cpu")
@@ -218,3 +218,46 @@ def test_threads_take_turns_on_one_program() -> None:
     for worker in workers:
         worker.join()
     assert wrong == []
+
+
+def test_a_long_walk_ends_soon_after_its_time() -> None:
+    """Whoever starts body after body looks at the clock in between, and the next run is a whole one."""
+    program = doubling(Processor())
+    values, result = {"x": np.ones(4, np.float32), "more": np.zeros(3, np.int64)}, program.result()
+    first, slow = program._recorded
+    started: list[float] = []
+
+    def late() -> None:
+        started.append(time.monotonic())
+        time.sleep(0.02)
+        slow()
+
+    program._recorded = [first, late]
+    deadline = time.monotonic() + 0.05
+    with pytest.raises(TimeoutError, match="time limit"):
+        program.run(values, result, repeats=(1, 1000), deadline=deadline)
+    assert 0 < len(started) < 10 and max(started) < deadline
+    program.run(values, result, repeats=(1, 3))
+    assert result.arrays()["y"].tolist() == [2 + 3] * 4
+
+
+# arithmetic of what is recorded
+
+
+@pytest.mark.parametrize("tf32", [True, False])
+@pytest.mark.parametrize("outside", ["high", "highest"])
+def test_convolutions_alone_may_round_while_a_body_is_recorded(tf32: bool, outside: str) -> None:
+    """Products of matrices, which hold the cosines, stay float32; what was set outside is set again."""
+    convolutions, before = torch.backends.cudnn, torch.get_float32_matmul_precision()
+    allowed = convolutions.allow_tf32
+    try:
+        torch.set_float32_matmul_precision(outside)
+        with pytest.raises(KeyError), arithmetic(tf32):
+            assert convolutions.allow_tf32 is tf32 and convolutions.benchmark
+            assert torch.get_float32_matmul_precision() == "highest"
+            assert not torch.backends.cuda.matmul.allow_tf32
+            raise KeyError
+        assert torch.get_float32_matmul_precision() == outside
+        assert convolutions.allow_tf32 is allowed
+    finally:
+        torch.set_float32_matmul_precision(before)

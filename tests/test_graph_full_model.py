@@ -3,6 +3,7 @@ say what the full model over the eager stages says.
 """
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import pytest
 import torch
 
 from safelight.bench.bare_bundle import bare_bundle
+from safelight.engine import sampler
 from safelight.engine.backends import open_backend
 from safelight.engine.bundle import Bundle
 from safelight.engine.detect import Detector
@@ -31,6 +33,8 @@ PROMPTS = ["a red star", "a blue circle on a yellow picture", ""]
 SEEDS = [3, 2**64 - 1, 0]
 STEPS = 3
 CLOSE = 3e-3  # two ways to the same margin differ by less: a level of 8 bits may round the other way
+ONE, TWO = "one text encoder", "two text encoders"
+one_model = pytest.mark.parametrize("any_model", [ONE], indirect=True)  # the law does not depend on it
 
 
 class Counting(Processor):
@@ -93,7 +97,11 @@ KINDS = [
 
 
 @pytest.mark.parametrize("probe", KINDS, ids=lambda probe: f"{probe.kind}-{probe.target}-P{probe.count}")
-@pytest.mark.parametrize("checker", ["image", "latent", "cascade"])
+@pytest.mark.parametrize(
+    ("any_model", "checker"),
+    [(ONE, "image"), (ONE, "latent"), (ONE, "cascade"), (TWO, "latent")],
+    indirect=["any_model"],
+)
 def test_probes_turned_on_the_device_are_those_turned_on_the_host(
     bundle: Bundle, graphs: GraphBackend, eager: Any, probe: ProbeConfig, checker: Any
 ) -> None:
@@ -123,6 +131,7 @@ def test_latents_are_those_of_the_host(bundle: Bundle, graphs: GraphBackend, eag
     assert (apart > 1e-2 * np.abs(truth).max()).all(), "the probes do not differ"
 
 
+@one_model
 def test_the_host_draws_and_turns_nothing(
     bundle: Bundle, graphs: GraphBackend, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -136,6 +145,7 @@ def test_the_host_draws_and_turns_nothing(
             assert one.check(PROMPTS[0], seed=1).detail is None
 
 
+@one_model
 def test_probes_and_all_steps_are_one_run(bundle: Bundle, graphs: GraphBackend) -> None:
     """A launch for the probes, one to begin, one a step, one to end; then the checker's. Two waits."""
     with detector(bundle, graphs, ProbeConfig(count=4), checker="latent") as one:
@@ -157,6 +167,7 @@ def test_company_and_padding_change_nothing(bundle: Bundle, graphs: GraphBackend
             np.testing.assert_allclose(together[row, column], alone, atol=1e-4 * np.abs(alone).max())
 
 
+@one_model
 def test_a_warm_up_plans_what_a_check_runs(
     bundle: Bundle, graphs: GraphBackend, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -169,10 +180,63 @@ def test_a_warm_up_plans_what_a_check_runs(
         assert len(made) == before
 
 
+@one_model
+@pytest.mark.parametrize("checker", ["image", "latent", "cascade"])
+@pytest.mark.parametrize(("scale", "branches"), [(1.0, 1), (7.5, 2)])
+def test_a_look_holds_as_many_probes_as_branches_of_guidance_leave(
+    bundle: Bundle, any_model: Path, checker: Any, scale: float, branches: int
+) -> None:
+    """So that a step fills the device with few walks: at 512 px all probes of a request are one."""
+    for edge, rows in ((8, 64), (64, 16), (128, 8)):
+        picture = replace(bundle.manifest.picture, latents=(4, edge, edge))
+        manifest = replace(bundle.manifest, picture=picture, guidance_scale=scale)
+        other = Bundle(bundle.folder, manifest)
+        backend = GraphBackend(other, ModelFolder.open(any_model), Placement("float32"), Counting())
+        with detector(other, backend, ProbeConfig(count=70), checker=checker) as one:
+            assert one._model.rows == rows // branches
+            assert next(len(chunk) for chunk in one._chunks()) == rows // branches
+
+
+@one_model
+def test_a_model_with_fewer_rows_than_branches_still_looks_at_a_probe(
+    bundle: Bundle, graphs: GraphBackend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("safelight.engine.graphs.full_model.rows_of", lambda manifest: 1)
+    with detector(bundle, graphs, ProbeConfig(count=2), checker="latent") as one:
+        assert one._model.rows == 1 and one.check(PROMPTS[0], seed=1).probes == 2
+
+
+@one_model
+def test_finished_latents_are_decoded_in_pieces(
+    bundle: Bundle, graphs: GraphBackend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On the host's side, so on every backend; margins are those of one call."""
+    vae: Any = graphs._folder.load("vae")
+    real, calls = vae.decode, list[int]()
+    monkeypatch.setattr(
+        vae, "decode", lambda latents, **named: calls.append(len(latents)) or real(latents, **named)
+    )
+    found = []
+    for at_once, wanted in ((64, [8]), (3, [3, 3, 2])):
+        monkeypatch.setattr(sampler, "DECODED", at_once * 8 * 8 * 4)
+        calls.clear()
+        with detector(bundle, graphs, ProbeConfig(count=8)) as one:
+            found.append(one.check(PROMPTS[0], seed=1).margins)
+        assert calls == wanted
+    np.testing.assert_allclose(*found, atol=CLOSE)
+
+
 # what is not finite, and what goes wrong
 
 
-@pytest.mark.parametrize("part", ["text_encoder", "unet", "vae", "safety_checker", "latent_checker"])
+@pytest.mark.parametrize(
+    ("any_model", "part"),
+    [
+        *((ONE, part) for part in ("text_encoder", "unet", "vae", "safety_checker", "latent_checker")),
+        *((TWO, part) for part in ("text_encoder", "unet")),
+    ],
+    indirect=["any_model"],
+)
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_weights_that_are_not_finite_block(
     bundle: Bundle, graphs: GraphBackend, part: str, value: float
@@ -217,6 +281,7 @@ def test_an_angle_that_is_not_finite_makes_no_latents(
     assert np.isnan(made[1:]).all()
 
 
+@one_model
 def test_what_the_device_reports_blocks(bundle: Bundle, graphs: GraphBackend) -> None:
     with detector(bundle, graphs, ProbeConfig(count=2, threshold=1.0)) as one:
         passed = one.check(PROMPTS[1], seed=0)
@@ -228,11 +293,13 @@ def test_what_the_device_reports_blocks(bundle: Bundle, graphs: GraphBackend) ->
         assert one.check(PROMPTS[1], seed=0).margins == passed.margins
 
 
+@one_model
 def test_a_detection_keeps_to_its_time(bundle: Bundle, graphs: GraphBackend) -> None:
     with detector(bundle, graphs, ProbeConfig(count=2), timeout_s=1e-9) as one:
         assert one.check(PROMPTS[0]).reason == "timeout"
 
 
+@one_model
 def test_a_closed_model_frees_its_programs(bundle: Bundle, graphs: GraphBackend) -> None:
     model = full_model(bundle, graphs, ProbeConfig(count=2))
     model.latents(requests(bundle, 7), range(2), deadline=None)

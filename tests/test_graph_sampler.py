@@ -24,6 +24,9 @@ from safelight.errors import ShapeError
 from safelight.kernels.dispatch import use_backend
 from safelight.probe import ProbeConfig
 
+ONE, TWO = "one text encoder", "two text encoders"
+one_model = pytest.mark.parametrize("any_model", [ONE], indirect=True)  # the law does not depend on it
+
 
 class Counting(Processor):
     """The processor, counting replays and waits; `fault` is raised where a GPU reports errors."""
@@ -77,7 +80,11 @@ def drawn(bundle: Bundle, count: int, seed: int = 0) -> tuple[Any, Any, Any, Any
     return found
 
 
-@pytest.mark.parametrize("solver", ["ddim", "euler", "dpmpp_2m"])
+@pytest.mark.parametrize(
+    ("any_model", "solver"),
+    [(ONE, "ddim"), (ONE, "euler"), (ONE, "dpmpp_2m"), (TWO, "dpmpp_2m")],
+    indirect=["any_model"],
+)
 @pytest.mark.parametrize(("steps", "scale", "count"), [(1, 1.0, 1), (4, 5.0, 3), (3, 0.5, 5)])
 def test_a_recorded_step_serves_every_trajectory(
     bundle: Bundle, pair: Any, solver: Any, steps: int, scale: float, count: int
@@ -88,6 +95,7 @@ def test_a_recorded_step_serves_every_trajectory(
     np.testing.assert_allclose(one, two, atol=1e-4 * np.abs(two).max())
 
 
+@one_model
 @pytest.mark.parametrize("guidance", [SafeCFG(), SafeCFG(strength=0.5, threshold=10.0), SafeCFG(strength=0)])
 def test_safe_guidance_is_the_hosts(bundle: Bundle, pair: Any, guidance: SafeCFG) -> None:
     hidden, free, redirected, latents = drawn(bundle, 3, seed=1)
@@ -98,6 +106,7 @@ def test_safe_guidance_is_the_hosts(bundle: Bundle, pair: Any, guidance: SafeCFG
     assert one[1].shape == (3,) and one[1].dtype == np.float32
 
 
+@one_model
 def test_steps_are_launches_and_a_picture_is_waited_for_once(
     bundle: Bundle, pair: Any, runner: Counting
 ) -> None:
@@ -109,6 +118,7 @@ def test_steps_are_launches_and_a_picture_is_waited_for_once(
         assert (runner.replays, runner.waits) == (1 + steps + 1, 1)
 
 
+@one_model
 def test_a_short_trajectory_after_a_long_one_is_its_own(bundle: Bundle, pair: Any) -> None:
     hidden, free, _, latents = drawn(bundle, 2)
     short = Trajectory(2, 4.0, "dpmpp_2m")
@@ -118,6 +128,7 @@ def test_a_short_trajectory_after_a_long_one_is_its_own(bundle: Bundle, pair: An
     assert np.array_equal(first, pair[0].sample(hidden, free, latents, short))
 
 
+@one_model
 @pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
 @pytest.mark.parametrize("where", ["hidden", "free"])
 @pytest.mark.parametrize("value", [math.nan, math.inf])
@@ -134,6 +145,7 @@ def test_a_prompt_that_is_not_finite_makes_no_picture(
             assert np.isnan(one[1]).all() == lost and np.isfinite(one[[0, 2]]).all()
 
 
+@one_model
 def test_time_and_shapes_are_kept_to(bundle: Bundle, pair: Any) -> None:
     hidden, free, _, latents = drawn(bundle, 2)
     with pytest.raises(TimeoutError):
@@ -142,7 +154,11 @@ def test_time_and_shapes_are_kept_to(bundle: Bundle, pair: Any) -> None:
         pair[0].sample(hidden, free[:, :-1], latents, Trajectory(2, 4.0, "ddim"))
 
 
-@pytest.mark.parametrize("guidance", [None, SafeCFG(), SafeCFG(dynamic=False)])
+@pytest.mark.parametrize(
+    ("any_model", "guidance"),
+    [(ONE, None), (ONE, SafeCFG()), (ONE, SafeCFG(dynamic=False)), (TWO, None), (TWO, SafeCFG())],
+    indirect=["any_model"],
+)
 def test_the_generator_draws_what_the_eager_one_draws(
     bundle: Bundle, any_model: Path, graphs: GraphBackend, guidance: SafeCFG | None
 ) -> None:
@@ -178,6 +194,7 @@ def passing(look: Any) -> Any:
     return changed
 
 
+@one_model
 def test_a_fault_on_the_device_shows_no_picture(bundle: Bundle, any_model: Path) -> None:
     runner = Counting()
     backend = GraphBackend(bundle, ModelFolder.open(any_model), Placement("float32"), runner)
@@ -196,6 +213,7 @@ def test_a_fault_on_the_device_shows_no_picture(bundle: Bundle, any_model: Path)
     assert "unspecified launch failure" in (made.image_verdict.detail or "")
 
 
+@one_model
 def test_two_bytes_keep_their_state_in_four(bundle: Bundle, any_model: Path, pair: Any) -> None:
     """State between steps is float32: the error after many steps is near that of one."""
     folder, runner = ModelFolder.open(any_model), Processor()
@@ -210,6 +228,7 @@ def test_two_bytes_keep_their_state_in_four(bundle: Bundle, any_model: Path, pai
     assert program.made["model_in"].dtype is torch.bfloat16
 
 
+@one_model
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU compiles the kernels; tests marked gpu run them")
 @pytest.mark.parametrize("safe", [False, True])
 def test_a_compiled_step_takes_what_it_is_given(

@@ -3,7 +3,6 @@ the devices that can be asked for.
 """
 
 import math
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ import torch
 
 from safelight.bench.bare_bundle import bare_bundle
 from safelight.engine.backends import open_backend
+from safelight.engine.backends import torch as torch_backend
 from safelight.engine.bundle import Bundle
 from safelight.engine.detect import Detector
 from safelight.engine.graphs.backend import GraphBackend
@@ -22,6 +22,8 @@ from safelight.engine.model_folder import ModelFolder
 from safelight.errors import BackendUnavailable, ShapeError
 
 CLOSE = 3e-3  # two ways to the same margin differ by less: a level of 8 bits may round the other way
+ONE, TWO = "one text encoder", "two text encoders"
+one_model = pytest.mark.parametrize("any_model", [ONE], indirect=True)  # the law does not depend on it
 
 
 @pytest.fixture(scope="module")
@@ -39,11 +41,6 @@ def eager(bundle: Bundle, any_model: Path) -> Any:
     return open_backend("torch", bundle, model=any_model, threads=1)
 
 
-@pytest.fixture(params=["text_encoder", "unet", "vae_decoder", "vae_encoder", "safety_checker"])
-def graph(request: pytest.FixtureRequest) -> Iterator[str]:
-    yield request.param
-
-
 def inputs(stage: Any, **axes: int) -> dict[str, np.ndarray]:
     generator = np.random.default_rng(sum(axes.values()))
     made = {}
@@ -54,6 +51,14 @@ def inputs(stage: Any, **axes: int) -> dict[str, np.ndarray]:
     return made
 
 
+@pytest.mark.parametrize(
+    ("any_model", "graph"),
+    [
+        *((ONE, graph) for graph in ("text_encoder", "unet", "vae_decoder", "vae_encoder", "safety_checker")),
+        *((TWO, graph) for graph in ("text_encoder", "unet")),
+    ],
+    indirect=["any_model"],
+)
 @pytest.mark.parametrize("batch", [1, 3, 5])
 def test_a_stage_is_the_eager_stage(graphs: GraphBackend, eager: Any, graph: str, batch: int) -> None:
     one, two = (backend.stage(graph) for backend in (graphs, eager))
@@ -71,7 +76,11 @@ def test_a_stage_is_the_eager_stage(graphs: GraphBackend, eager: Any, graph: str
         one.run(given_inputs)
 
 
-@pytest.mark.parametrize("graph_name", ["detector", "detector_latent"])
+@pytest.mark.parametrize(
+    ("any_model", "graph_name"),
+    [(ONE, "detector"), (ONE, "detector_latent"), (TWO, "detector_latent")],
+    indirect=["any_model"],
+)
 @pytest.mark.parametrize("lengths", [(1, 1), (2, 5)], ids=lambda pair: f"R{pair[0]}-P{pair[1]}")
 def test_a_detector_stage_votes_as_the_eager_one(
     graphs: GraphBackend, eager: Any, graph_name: str, lengths: tuple[int, int]
@@ -95,6 +104,7 @@ def test_a_detector_stage_votes_as_the_eager_one(
     )
 
 
+@one_model
 def test_lengths_of_one_bucket_do_not_share_results(graphs: GraphBackend) -> None:
     stage = graphs.stage("text_encoder")
     for batch in (5, 6):
@@ -116,6 +126,7 @@ def test_an_unknown_device_is_the_callers_mistake(device: str) -> None:
         open_runner(device)
 
 
+@one_model
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a CUDA device is here")
 @pytest.mark.parametrize("device", ["cuda", "cuda:1"])
 def test_a_device_that_is_not_there_is_refused(bundle: Bundle, any_model: Path, device: str) -> None:
@@ -124,6 +135,23 @@ def test_a_device_that_is_not_there_is_refused(bundle: Bundle, any_model: Path, 
         Detector.open(bundle, backend="torch", model=any_model, device=device)
 
 
+@one_model
+@pytest.mark.parametrize(
+    ("precision", "rounds"), [("float32", False), ("float16", True), ("bfloat16", True), (None, True)]
+)
+def test_a_device_may_round_where_it_was_not_asked_for_float32(
+    bundle: Bundle, any_model: Path, precision: Any, rounds: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """For an autoencoder that stays float32 among networks in float16."""
+    told: dict[str, Any] = {}
+    monkeypatch.setattr(
+        torch_backend, "open_runner", lambda device, **named: told.update(named) or Processor()
+    )
+    open_backend("torch", bundle, model=any_model, device="cuda", precision=precision)
+    assert told["tf32"] is rounds
+
+
+@one_model
 def test_options_of_a_gpu_go_with_no_other_backend(bundle: Bundle, any_model: Path) -> None:
     for options in ({"device": "cpu"}, {"precision": "float16"}, {"compiled": True}):
         with pytest.raises(ValueError, match="goes with backend torch; got backend 'onnxruntime'"):

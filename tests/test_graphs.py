@@ -20,13 +20,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from safelight.bench.bare_bundle import bare_bundle
+from safelight.engine import sampler
 from safelight.engine.backends import open_backend, shape_of
 from safelight.engine.bundle import Bundle
 from safelight.engine.detect import Detector
 from safelight.engine.eager import load_detector, load_graph, load_latent_detector
 from safelight.engine.generate import Generator
 from safelight.engine.graphs.backend import GraphBackend
-from safelight.engine.graphs.one_launch import OneLaunchModel
 from safelight.engine.graphs.placed import KEPT, PlacedFolder, Placement
 from safelight.engine.graphs.program import PLANS, Plans, Program
 from safelight.engine.graphs.runner import Processor, _Memory
@@ -45,6 +45,9 @@ PROMPTS = ["a red star", "a blue circle on a yellow picture", "", "zzz 123 !", "
 SEEDS = [0, 1, 2**63 + 5, 2**64 - 1, 4]
 CLOSE = 3e-3  # two ways to the same margin differ by less: a level of 8 bits may round the other way
 CPU = torch.device("cpu")
+ONE, TWO = "one text encoder", "two text encoders"
+one_model = pytest.mark.parametrize("any_model", [ONE], indirect=True)  # the law does not depend on it
+SEEN = [(ONE, "image"), (ONE, "latent"), (TWO, "latent")]  # nor do pictures
 
 
 class Noted(Processor):
@@ -127,7 +130,7 @@ KINDS = [
 
 
 @pytest.mark.parametrize("probe", KINDS, ids=lambda probe: f"{probe.kind}-{probe.target}-P{probe.count}")
-@pytest.mark.parametrize("checker", ["image", "latent"])
+@pytest.mark.parametrize(("any_model", "checker"), SEEN, indirect=["any_model"])
 def test_probes_drawn_on_the_device_are_those_drawn_on_the_host(
     bundle: Bundle, graphs: GraphBackend, eager: Any, probe: ProbeConfig, checker: Any
 ) -> None:
@@ -139,6 +142,7 @@ def test_probes_drawn_on_the_device_are_those_drawn_on_the_host(
     assert [verdict.distinct_probes for verdict in found] == [v.distinct_probes for v in truth]
 
 
+@one_model
 @pytest.mark.parametrize("early_exit", [True, False])
 def test_the_cascade_decodes_what_the_eager_one_decodes(
     bundle: Bundle, graphs: GraphBackend, eager: Any, early_exit: bool
@@ -154,6 +158,7 @@ def test_the_cascade_decodes_what_the_eager_one_decodes(
         assert whole.check(PROMPTS[0], seed=0).probes == whole.decoded == 6
 
 
+@one_model
 def test_pictures_stay_on_the_device_until_they_are_asked_for(
     bundle: Bundle, graphs: GraphBackend, eager: Any
 ) -> None:
@@ -186,6 +191,7 @@ def test_padding_changes_nothing(
     model.close()
 
 
+@one_model
 def test_a_run_repeats_itself_in_the_same_buffers(graphs: GraphBackend, bundle: Bundle) -> None:
     model: Any = graphs.one_step(ProbeConfig(count=5, threshold=0.4), latent=False)
     request = Request(np.full(ids_each(bundle), 7), 11)
@@ -201,6 +207,7 @@ def test_a_run_repeats_itself_in_the_same_buffers(graphs: GraphBackend, bundle: 
     assert result.whole.data_ptr() == host
 
 
+@one_model
 def test_a_detection_is_one_launch(bundle: Bundle, graphs: GraphBackend) -> None:
     runner = noted(graphs)
     with detector(bundle, graphs, ProbeConfig(count=8)) as one:
@@ -227,6 +234,7 @@ def test_plans_beyond_the_limit_are_forgotten_the_least_recently_used_first() ->
     assert len(made) == PLANS + 1
 
 
+@one_model
 def test_the_shipped_policy_plans_each_length_once(bundle: Bundle, graphs: GraphBackend) -> None:
     """Batches of 1 to 8 prompts, cut where a vote may be decided: nothing is forgotten and made again."""
     with detector(bundle, graphs, ProbeConfig(count=8, threshold=0.625), early_exit=True) as one:
@@ -239,6 +247,7 @@ def test_the_shipped_policy_plans_each_length_once(bundle: Bundle, graphs: Graph
         assert kept.keys() == model._plans._kept.keys() and len(kept) < PLANS
 
 
+@one_model
 @pytest.mark.parametrize("checker", ["image", "latent", "cascade"])
 def test_a_warm_up_plans_what_a_check_runs(
     bundle: Bundle, folder: ModelFolder, checker: Any, monkeypatch: pytest.MonkeyPatch
@@ -256,6 +265,7 @@ def test_a_warm_up_plans_what_a_check_runs(
         assert len(made) == before
 
 
+@one_model
 def test_a_generator_on_its_detectors_backend_shares_the_networks(
     bundle: Bundle, folder: ModelFolder
 ) -> None:
@@ -273,6 +283,7 @@ def test_a_generator_on_its_detectors_backend_shares_the_networks(
         Generator.open(bundle, detector=one, threads=1)
 
 
+@one_model
 @pytest.mark.parametrize("probe", [None, ProbeConfig(count=3, threshold=0.5, target="latent")])
 def test_a_picture_is_looked_at_as_by_the_eager_stages(
     bundle: Bundle, graphs: GraphBackend, eager: Any, probe: ProbeConfig | None
@@ -285,19 +296,67 @@ def test_a_picture_is_looked_at_as_by_the_eager_stages(
     assert_same(found[:1], found[1:])
 
 
+def sized(bundle: Bundle, folder: ModelFolder, edge: int) -> tuple[Bundle, GraphBackend]:
+    """The bundle with latents of another size, which nothing runs, and a backend for it."""
+    picture = replace(bundle.manifest.picture, latents=(4, edge, edge))
+    other = Bundle(bundle.folder, replace(bundle.manifest, picture=picture))
+    return other, GraphBackend(other, folder, Placement("float32"), Processor())
+
+
+@one_model
+@pytest.mark.parametrize("checker", ["image", "latent", "cascade"])
 def test_a_look_holds_as_many_probes_as_the_pictures_size_allows(
-    bundle: Bundle, graphs: GraphBackend
+    bundle: Bundle, folder: ModelFolder, checker: Any
 ) -> None:
-    model: Any = graphs.one_step(ProbeConfig(), latent=False)
-    for edge, rows in ((8, 64), (32, 64), (64, 16), (96, 8)):
-        picture = replace(bundle.manifest.picture, latents=(4, edge, edge))
-        manifest = replace(bundle.manifest, picture=picture)
-        made = OneLaunchModel(model._screening, model._runner, manifest, ProbeConfig(), label="")
-        assert made.rows == rows
+    for edge, rows in ((8, 64), (32, 64), (64, 16), (96, 8), (128, 8)):
+        other, backend = sized(bundle, folder, edge)
+        with detector(other, backend, ProbeConfig(count=70), checker=checker) as one:
+            assert one._model.rows == rows
+            assert next(len(chunk) for chunk in one._chunks()) == rows
+
+
+@one_model
+@pytest.mark.parametrize(("precision", "within"), [("float32", 1e-5), ("bfloat16", 5e-2)])
+def test_large_pictures_are_decoded_in_pieces(
+    bundle: Bundle, folder: ModelFolder, precision: Any, within: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Inside the one body, by as many as a latent's size allows; what is seen is what one call shows."""
+    backend = GraphBackend(bundle, folder, Placement(precision), Processor())
+    vae: Any = backend._folder.load("vae")
+    real, calls = vae.decode, list[int]()
+    monkeypatch.setattr(
+        vae, "decode", lambda latents, **named: calls.append(len(latents)) or real(latents, **named)
+    )
+    image = backend.one_step(ProbeConfig(count=4), latent=False)
+    cascade = backend.one_step(ProbeConfig(count=4), latent=True, band=1.0)
+    latents = np.random.default_rng(3).standard_normal((7, 4, 8, 8), dtype=np.float32)
+    request = Request(np.full(ids_each(bundle), 7), 11)
+    found = []
+    for at_once, wanted in ((64, [4, 8]), (3, [3, 1, 3, 3, 2]), (1, [1] * 12)):
+        monkeypatch.setattr(sampler, "DECODED", at_once * 8 * 8 * Placement(precision).dtype.itemsize)
+        calls.clear()
+        looks = image.look([request], range(4))
+        pictures: Any = looks.images
+        found.append((pictures[0], looks.margins.copy(), cascade.resolve(latents).margins.copy()))
+        assert calls == wanted
+    for pieces in found[1:]:
+        np.testing.assert_allclose(pieces[0], found[0][0], atol=within)
+        for one, two in zip(pieces[1:], found[0][1:], strict=True):
+            np.testing.assert_allclose(one, two, atol=max(within, CLOSE))
+
+
+@pytest.mark.parametrize(
+    ("edge", "wide", "short"), [(8, 256, 512), (32, 16, 32), (64, 4, 8), (96, 1, 3), (128, 1, 2), (256, 1, 1)]
+)
+def test_how_many_latents_are_decoded_at_once(edge: int, wide: int, short: int) -> None:
+    assert sampler.decoded_at_once(edge, edge) == wide
+    assert sampler.decoded_at_once(edge, edge, 2) == short
 
 
 def test_missing_memory_is_a_sentence_even_where_a_capture_hides_it() -> None:
-    sentence = r"cuda:3 has too little memory left for this plan \(no room\); ask for fewer"
+    sentence = (
+        r"cuda:3 has too little memory left for this plan \(no room\); ask for fewer .*bfloat16 or float16"
+    )
     with pytest.raises(SafelightError, match=sentence), _Memory(torch.device("cuda", 3)):
         try:
             raise torch.OutOfMemoryError("no room.\nand more")
@@ -310,7 +369,14 @@ def test_missing_memory_is_a_sentence_even_where_a_capture_hides_it() -> None:
 # what is not finite, and what goes wrong
 
 
-@pytest.mark.parametrize("part", ["text_encoder", "its unet", "vae", "safety_checker", "latent_checker"])
+@pytest.mark.parametrize(
+    ("any_model", "part"),
+    [
+        *((ONE, part) for part in ("text_encoder", "its unet", "vae", "safety_checker", "latent_checker")),
+        *((TWO, part) for part in ("text_encoder", "its unet")),
+    ],
+    indirect=["any_model"],
+)
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_weights_that_are_not_finite_block(
     bundle: Bundle, folder: ModelFolder, part: str, value: float
@@ -356,6 +422,7 @@ def test_an_angle_that_is_not_finite_blocks(bundle: Bundle, graphs: GraphBackend
         assert (finite[1:] == 0).all(), target
 
 
+@one_model
 @pytest.mark.parametrize("checker", ["image", "latent", "cascade"])
 @pytest.mark.parametrize(
     "fault", [RuntimeError("CUDA error: an illegal memory access"), torch.OutOfMemoryError("no memory")]
@@ -373,6 +440,7 @@ def test_what_the_device_reports_when_it_is_waited_for_blocks(
         assert one.check(PROMPTS[1], seed=0).margins == passed.margins
 
 
+@one_model
 def test_a_detection_keeps_to_its_time(bundle: Bundle, graphs: GraphBackend) -> None:
     with detector(bundle, graphs, ProbeConfig(count=2), timeout_s=1e-9) as one:
         assert one.check(PROMPTS[0]).reason == "timeout"
@@ -380,6 +448,7 @@ def test_a_detection_keeps_to_its_time(bundle: Bundle, graphs: GraphBackend) -> 
         assert one.check(PROMPTS[0]).reason in (None, "concept")
 
 
+@one_model
 def test_two_threads_share_a_detector(bundle: Bundle, graphs: GraphBackend) -> None:
     with detector(bundle, graphs, ProbeConfig(count=3)) as one:
         truth = [one.check(prompt, seed=5).margins for prompt in PROMPTS]
@@ -402,6 +471,7 @@ def test_two_threads_share_a_detector(bundle: Bundle, graphs: GraphBackend) -> N
 # the compiled bodies, by Triton's interpreter where there is no GPU
 
 
+@one_model
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU compiles the kernels; tests marked gpu run them")
 @pytest.mark.parametrize(
     "probe",
@@ -424,7 +494,7 @@ def test_compiled_operations_take_what_they_are_given(
 
 
 @pytest.mark.parametrize(("precision", "within"), [("float16", 1e-2), ("bfloat16", 5e-2)])
-@pytest.mark.parametrize("checker", ["image", "latent"])
+@pytest.mark.parametrize(("any_model", "checker"), SEEN, indirect=["any_model"])
 def test_two_bytes_are_near_four(
     bundle: Bundle, folder: ModelFolder, eager: Any, precision: Any, within: float, checker: Any
 ) -> None:
@@ -437,6 +507,7 @@ def test_two_bytes_are_near_four(
         assert_same(found, two.check_batch(PROMPTS, seed=SEEDS), within)
 
 
+@one_model
 def test_what_the_checker_compares_with_stays_float32(bundle: Bundle, folder: ModelFolder) -> None:
     backend = GraphBackend(bundle, folder, Placement("bfloat16"), Processor())
     placed, whole = backend._folder.load("safety_checker"), folder.load("safety_checker")
@@ -508,8 +579,13 @@ def test_bodies_leave_the_host_alone(
 
 
 @pytest.mark.parametrize(
-    "graph_name",
-    ["text_encoder", "unet", "vae_decoder", "vae_encoder", "safety_checker", "latent_checker", "redirector"],
+    ("any_model", "graph_name"),
+    [
+        *((ONE, graph) for graph in ("text_encoder", "unet", "vae_decoder", "vae_encoder", "safety_checker")),
+        *((ONE, graph) for graph in ("latent_checker", "redirector")),
+        *((TWO, graph) for graph in ("text_encoder", "unet", "redirector")),
+    ],
+    indirect=["any_model"],
 )
 def test_stages_leave_the_host_alone(
     bundle: Bundle, folder: ModelFolder, graph_name: str, monkeypatch: pytest.MonkeyPatch

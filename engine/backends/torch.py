@@ -125,7 +125,9 @@ def open_backend(
             "leave them out"
         )
     placement = Placement(precision or PRECISION, compiled)
-    runner = None if device == "cpu" else open_runner(device, kernels=kernels)  # before anything is read
+    exact = placement.precision == "float32"
+    # before anything is read
+    runner = None if device == "cpu" else open_runner(device, kernels=kernels, tf32=not exact)
     source = bundle.manifest.source
     folder = model or (MODEL_FOLDER if source.name == SHIPPED else None)
     if folder is None or not folder.is_dir():

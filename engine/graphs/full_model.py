@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from safelight.engine.backends import Backend
 from safelight.engine.full_model import FullModel
-from safelight.engine.graphs.probes import DeviceProbes, probe_values
+from safelight.engine.graphs.probes import DeviceProbes, probe_values, rows_of
 from safelight.engine.graphs.program import Plans, Program
 from safelight.engine.graphs.runner import Runner
 from safelight.engine.graphs.sampling import Start, Steps
@@ -50,7 +50,13 @@ class GraphFullModel(FullModel):
         self._probes = DeviceProbes(manifest)
         self._runner = runner
         self._negative = self._free if self._trajectory.guided else self._free[:0]
+        self._rows = max(1, rows_of(manifest) // (1 + len(self._negative)))
         self._plans = Plans(self._program)
+
+    @property
+    def rows(self) -> int | None:
+        """See `ProbeModel`: a probe is a row of the UNet for each branch of guidance."""
+        return self._rows
 
     def latents(self, requests: Sequence[Request], probes: range, *, deadline: float | None) -> Floats:
         """See `FullModel`."""

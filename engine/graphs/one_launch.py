@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from safelight.engine.cascade import Cascade
 from safelight.engine.graphs.held import Held
-from safelight.engine.graphs.probes import probe_values
+from safelight.engine.graphs.probes import probe_values, rows_of
 from safelight.engine.graphs.program import Plans, Program
 from safelight.engine.graphs.runner import Runner
 from safelight.engine.graphs.screening import PictureScreening, Screening
@@ -23,11 +23,6 @@ from safelight.engine.neighbourhood import Neighbourhood, Request
 from safelight.kernels.fused import split_block
 from safelight.manifest import Manifest
 from safelight.probe import ProbeConfig
-
-ROWS = 64  # probes in one run, at most; more gain nothing
-AREA = (
-    16 * 64 * 64
-)  # latent pixels in one run, at least 8 probes: 16 of 512 px fill a large GPU and fit a small one
 
 
 class OneLaunchModel(ProbeModel):
@@ -42,8 +37,7 @@ class OneLaunchModel(ProbeModel):
         self._label = label
         self._neighbourhood = Neighbourhood(manifest, config, width=1)  # only tokens are drawn with it
         self._plans = Plans(self._program)
-        _, height, width = manifest.picture.latents
-        self._rows = min(ROWS, max(8, AREA // (height * width)))
+        self._rows = rows_of(manifest)
 
     @property
     def device(self) -> str:
@@ -108,11 +102,6 @@ class OneLaunchCascade(Cascade):
         self._pictures = pictures
         self._runner = runner
         self._plans = Plans(self._program)
-
-    @property
-    def rows(self) -> int | None:
-        """See `ProbeModel`."""
-        return self._student.rows
 
     def resolve(self, latents: NDArray[np.float32], *, deadline: float | None = None) -> Looks:
         """See `Cascade`."""

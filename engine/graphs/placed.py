@@ -3,7 +3,8 @@
 Convolutions keep their weights channels-last. In float16 and bfloat16 these stay float32: the checker's
 concepts and thresholds, which meet its answer in float32, and all that lies between the networks
 (`kernels.ops` computes in float32): rotation, x0, guidance, resizing, cosines, vote. So does, in float16, an
-SDXL-class autoencoder that passes its range and says so (`force_upcast`), as in diffusers' pipeline.
+SDXL-class autoencoder that passes its range and says so (`force_upcast`), as in diffusers' pipeline; its
+convolutions may then multiply in TF32 (`graphs.runner.arithmetic`).
 """
 
 from dataclasses import dataclass, field

@@ -21,6 +21,16 @@ from safelight.kernels.philox import Stream
 from safelight.manifest import Manifest
 from safelight.probe import ProbeConfig, ProbeKind, ProbeTarget
 
+ROWS = 64  # probes in one run, at most; more gain nothing
+AREA = 16 * 64 * 64  # latent pixels in one run: 16 probes of 512 px fill a large GPU and fit a small one
+LEAST = 8  # probes in one run of larger pictures, which are decoded in pieces
+
+
+def rows_of(manifest: Manifest) -> int:
+    """How many probes go best into one run, by the size of their latents."""
+    _, height, width = manifest.picture.latents
+    return min(ROWS, max(LEAST, AREA // (height * width)))
+
 
 def probe_values(
     neighbourhood: Neighbourhood, requests: Sequence[Request], probes: range

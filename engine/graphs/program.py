@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from numpy.typing import NDArray
 
-from safelight.engine.graphs.runner import Body, Runner, taken
+from safelight.engine.graphs.runner import Body, Runner, past, taken
 from safelight.engine.graphs.slab import Layout, Slab, fill
 
 PLANS = 64  # programs that one owner keeps, each with its buffers and its graphs
@@ -69,6 +69,7 @@ class Program:
             self._runner.upload(self._staged, self._inputs)
             for times, recorded in zip(repeats or (1,) * len(self._recorded), self._recorded, strict=True):
                 for _ in range(times):
+                    past(deadline)  # before the next one is started, of a long walk above all
                     self._runner.replay(recorded)
             self._runner.finish(self._outputs, result, deadline)
 

@@ -113,14 +113,33 @@ class Processor:
         past(deadline)
 
 
+@contextmanager
+def arithmetic(tf32: bool) -> Iterator[None]:
+    """How bodies compute while they are recorded. Algorithms of convolutions are chosen by measurement.
+
+    With `tf32` the convolutions of a network in float32 may multiply in TF32, which has the range of float32
+    and the mantissa of float16: enough for one that lies among networks in float16 (an autoencoder that
+    passes their range), and several times faster. Otherwise float32 is float32. Products of matrices always
+    are: among them are the cosines that a verdict hangs on.
+    """
+    before = torch.get_float32_matmul_precision()
+    with torch.backends.cudnn.flags(enabled=True, benchmark=True, deterministic=False, allow_tf32=tf32):
+        torch.set_float32_matmul_precision("highest")
+        try:
+            yield
+        finally:
+            torch.set_float32_matmul_precision(before)
+
+
 class Gpu:
     """One CUDA device, one stream, and one pool of memory that all graphs share, since none runs beside
     another and none keeps anything there between two replays.
     """
 
-    def __init__(self, device: torch.device, kernels: Path | None = None) -> None:
-        """`kernels` as for `open_runner`."""
+    def __init__(self, device: torch.device, kernels: Path | None = None, *, tf32: bool = False) -> None:
+        """`kernels` and `tf32` as for `open_runner`."""
         self.device = device
+        self._tf32 = tf32
         self.turn = threading.RLock()
         self._library = None if kernels is None else KernelLibrary.open(kernels, device=device.index)
         self._stream: Any = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
@@ -146,15 +165,11 @@ class Gpu:
     def record(self, body: Body) -> Body:
         """See `Runner`. The body is called a few times on the side, then captured.
 
-        Algorithms of convolutions are chosen by measurement while it warms up; float32 stays float32 in them.
         Raises SafelightError where the memory does not suffice.
         """
         graph: Any = torch.cuda.CUDAGraph()
-        chosen = torch.backends.cudnn.flags(
-            enabled=True, benchmark=True, deterministic=False, allow_tf32=False
-        )
         library = nullcontext() if self._library is None else use_runner(self._library.run)
-        with _CAPTURE, self._on(), _memory(self.device), chosen, library:
+        with _CAPTURE, self._on(), _memory(self.device), arithmetic(self._tf32), library:
             torch.cuda.synchronize(self.device)  # constants of the body were made on another stream
             for _ in range(WARM_UPS):
                 body()
@@ -212,7 +227,7 @@ class _Memory(AbstractContextManager[None]):
         if found is not None:
             raise SafelightError(
                 f"{self._device} has too little memory left for this plan ({_first_line(found)}); ask for "
-                "fewer requests or probes at once, close other detectors, or take float16"
+                "fewer requests or probes at once, close other detectors, or take bfloat16 or float16"
             ) from error
 
 
@@ -225,9 +240,10 @@ def _first_line(error: BaseException) -> str:
     return lines[0].rstrip(".")
 
 
-def open_runner(device: str, *, kernels: Path | None = None) -> Runner:
+def open_runner(device: str, *, kernels: Path | None = None, tf32: bool = False) -> Runner:
     """The runner of `cpu`, `cuda` (the first one) or `cuda:N`. `kernels` is a folder that `safelight kernels
-    build` made: then nothing is compiled here, and a kernel that it does not hold is an error.
+    build` made: then nothing is compiled here, and a kernel that it does not hold is an error. `tf32` as for
+    `arithmetic`, on a GPU: for networks that are not asked to compute in float32.
 
     Raises ValueError for another word, and BackendUnavailable where torch has no such device: nothing else is
     taken in its place.
@@ -250,4 +266,4 @@ def open_runner(device: str, *, kernels: Path | None = None) -> Runner:
             f"torch: device {device!r} needs Triton, which is not installed; do: pip install "
             "'safelight[kernels]'"
         )
-    return Gpu(torch.device("cuda", index), kernels)
+    return Gpu(torch.device("cuda", index), kernels, tf32=tf32)

@@ -14,6 +14,7 @@ from torch import Tensor
 from safelight.engine.eager import DetectorModule, LatentDetectorModule, Probing
 from safelight.engine.graphs.probes import DeviceProbes
 from safelight.engine.graphs.slab import Layout
+from safelight.engine.sampler import decoded_at_once
 from safelight.kernels import ops, reference
 from safelight.kernels.fused import Concepts, split_block
 from safelight.manifest import Manifest
@@ -148,9 +149,8 @@ class PictureScreening(Screening):
         """Decode latents (R, P, c, h, w) in the networks' dtype, over the scaling factor, and look at the
         pictures.
         """
-        vae: Any = self._detector.vae
         finite = made["whole"]
-        decoded: Tensor = vae.decode(unscaled.flatten(0, 1).to(self._decodes), return_dict=False)[0]
+        decoded = self.decode(unscaled.flatten(0, 1).to(self._decodes))
         made["shown"].copy_(decoded.view(made["shown"].shape))
         checked = ops.clip_input(
             decoded.to(self.dtype),
@@ -161,6 +161,16 @@ class PictureScreening(Screening):
         )
         embeds = self._detector.checker.embed(checked).view(*unscaled.shape[:2], -1)
         ops.concept_vote(embeds, finite, need, concepts=self._concepts, out=made["block"])
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Latents (N, c, h, w) to the decoder's answers (N, 3, H, W), in its own dtype: large ones piece by
+        piece inside the one body, so that a capture holds the features of one piece at a time.
+        """
+        vae: Any = self._detector.vae
+        height, width = latents.shape[2:]
+        pieces = torch.split(latents, decoded_at_once(height, width, latents.itemsize))
+        made: list[Tensor] = [vae.decode(piece, return_dict=False)[0] for piece in pieces]
+        return made[0] if len(made) == 1 else torch.cat(made)
 
 
 class LatentScreening(Screening):
