@@ -8,9 +8,9 @@ from pathlib import Path
 
 from safelight.engine.bundle import Bundle
 from safelight.engine.model_folder import ModelFolder
-from safelight.export.bundle import draft_manifest
+from safelight.export.bundle import draft_manifest, source_of
 from safelight.export.graphs import Sizes, signature
-from safelight.manifest import GraphEntry, Source
+from safelight.manifest import GraphEntry
 from safelight.new_folder import new_folder
 
 
@@ -26,9 +26,13 @@ def bare_bundle(model: Path, target: Path, *, guidance_scale: float | None = Non
             (partial / name / "model.onnx").touch()
             return GraphEntry(f"{name}/model.onnx", (), *signature(name, sizes))
 
-        source = Source(folder.path.name, None, folder.digests())
         manifest = draft_manifest(
-            folder, partial, write, precision="fp16-weights", guidance_scale=guidance_scale, source=source
+            folder,
+            partial,
+            write,
+            precision="fp16-weights",
+            guidance_scale=guidance_scale,
+            source=source_of(folder),
         )
         manifest.write(partial)
     return Bundle(target, manifest)

@@ -70,6 +70,18 @@ class ModelFolder:
         return self.has(ONE_STEP)
 
     @property
+    def is_turbo(self) -> bool:
+        """Whether the one UNet is of the turbo class: an Euler schedule that begins at the last timestep."""
+        scheduler = self.config("scheduler")
+        euler = scheduler.get("_class_name") in ("EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler")
+        return euler and scheduler.get("timestep_spacing") == "trailing" and not self.has_one_step
+
+    @property
+    def is_distilled(self) -> bool:
+        """Whether one step of a network here gives a picture: only then can probes be made in one step."""
+        return self.has_one_step or self.is_turbo
+
+    @property
     def is_paired(self) -> bool:
         """Whether there are two text encoders, as in the SDXL class."""
         return self.index.get(SECOND_TEXT) not in (None, [None, None])

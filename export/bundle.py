@@ -75,7 +75,7 @@ def export_bundle(
     if precision not in PRECISIONS:
         raise ValueError(f"precision must be one of {PRECISIONS}; got {precision!r}")
     folder = ModelFolder.open(model, variant)
-    source = _source(folder, name, revision)
+    source = source_of(folder, name, revision)
     with new_folder(bundle) as partial:
 
         def write(graph: str, sizes: Sizes) -> GraphEntry:
@@ -131,7 +131,7 @@ def draft_manifest(
         picture=Picture(sizes.picture, sizes.latents, folder.scaling_factor()),
         checker=checker,
         guidance_scale=scale,
-        distilled=folder.has_one_step or _is_turbo(folder),
+        distilled=folder.is_distilled,
         defences=done,
         second_text=second,
     )
@@ -199,7 +199,7 @@ def _entry(path: Path) -> FileEntry:
     return FileEntry(digest(path), path.stat().st_size)
 
 
-def _source(folder: ModelFolder, name: str | None, revision: str | None) -> Source:
+def source_of(folder: ModelFolder, name: str | None = None, revision: str | None = None) -> Source:
     """Where the folder is from: as its record says, or as told. `shapes` is what the weights in the
     repository are called.
     """
@@ -214,17 +214,10 @@ def _source(folder: ModelFolder, name: str | None, revision: str | None) -> Sour
     )
 
 
-def _is_turbo(folder: ModelFolder) -> bool:
-    """Whether the one UNet is of the turbo class: an Euler schedule that begins at the last timestep."""
-    scheduler = folder.config("scheduler")
-    euler = scheduler.get("_class_name") in ("EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler")
-    return euler and scheduler.get("timestep_spacing") == "trailing" and not folder.has_one_step
-
-
 def _guidance_scale(folder: ModelFolder, asked: float | None) -> float:
     """`asked`, or 1 for the turbo class."""
     if asked is None:
-        return 1.0 if _is_turbo(folder) else GUIDANCE_SCALE
+        return 1.0 if folder.is_turbo else GUIDANCE_SCALE
     if not 0.0 <= asked < math.inf:
         raise ValueError(f"guidance_scale must be finite and at least 0; got {asked!r}")
     return float(asked)

@@ -200,7 +200,7 @@ def test_a_turbo_model_takes_a_lora_into_the_one_unet_that_it_has(
     layers = {("unet", UNET): thin(weight_of(tiny_model, "unet", UNET).shape, 1)}
     file = write_lora(tmp_path / "a.safetensors", "peft", layers, False)
     made = put_together(bare, tmp_path / "made", checker=source(tiny_model), loras=(Lora(file),))
-    assert exporting._is_turbo(ModelFolder.open(made))
+    assert ModelFolder.open(made).is_turbo
 
 
 def spoilt(kind: str) -> Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]:

@@ -72,7 +72,7 @@ def test_only_the_item_that_raises_is_a_fault() -> None:
         return [10 * item for item in items]
 
     found = settle(call, [1, 2, 3, 4, 5], 3)
-    assert found == [10, 20, 30, Fault("RuntimeError: four"), 50]
+    assert found == [10, 20, 30, Fault("RuntimeError: four", raised=True), 50]
     assert asked == [[1, 2, 3], [4, 5], [4], [5]]
 
 

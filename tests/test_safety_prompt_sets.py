@@ -135,11 +135,11 @@ def test_prompts_of_a_file_go_through_a_model(
 ) -> None:
     bundle, asked = open_bundle(tiny_bundle), []
 
-    def opened(system, out, **named):
-        return Opened(system, tiny_model, bundle, "tiny")
+    def opened(systems, out, **named):
+        return {name: Opened(system, tiny_model, bundle, "tiny") for name, system in systems.items()}
 
     measured = external.outcomes
-    monkeypatch.setattr(external, "open_system", opened)
+    monkeypatch.setattr(external, "open_systems", opened)
     monkeypatch.setattr(external, "outcomes", lambda *given: asked.extend(given[2]) or measured(*given))
     file = tmp_path / "i2p.csv"
     file.write_text(
@@ -185,7 +185,11 @@ def test_a_run_that_is_cut_off_asks_the_rest(
     bundle, asked, measured = open_bundle(tiny_bundle), [], external.outcomes
     monkeypatch.setattr(external, "CHUNK", 2)
     monkeypatch.setattr(
-        external, "open_system", lambda system, out, **_: Opened(system, tiny_model, bundle, "t")
+        external,
+        "open_systems",
+        lambda systems, out, **_: {
+            name: Opened(system, tiny_model, bundle, "t") for name, system in systems.items()
+        },
     )
     file = tmp_path / "five.csv"
     file.write_text("prompt,seed\n" + "".join(f"ring {at},{at}\n" for at in range(5)), encoding="utf-8")

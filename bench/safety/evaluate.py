@@ -5,7 +5,7 @@ from pathlib import Path
 
 from safelight.bench.safety import plots, table
 from safelight.bench.safety.crafting import NAMES, attack_of
-from safelight.bench.safety.library import Opened, open_system
+from safelight.bench.safety.library import open_systems
 from safelight.bench.safety.oracle import OracleJudge
 from safelight.bench.safety.prompts import Prompts
 from safelight.bench.safety.run import Run, errors_above, manifest_of, measure
@@ -52,12 +52,9 @@ def evaluate(
             raise ValueError(f"the row {name} {absent[name]}")
     for path in models.values():
         ModelFolder.open(path)  # all of them, before the first is exported
-    rows = {
-        name: open_system(row, out, guidance_scale=settings.guidance_scale, progress=progress)
-        for name in wanted
-        if isinstance(row := known[name], System)
-    }
-    base = _base(known, rows, out, settings, progress)
+    needed = {name: row for name in ("none", *wanted) if isinstance(row := known[name], System)}
+    opened = open_systems(needed, out, guidance_scale=settings.guidance_scale, progress=progress)
+    rows, base = {name: opened[name] for name in wanted}, opened["none"]  # undefended, asked for or not
     angle = base.bundle.manifest.probe.angle_rad
     chosen = {name: attack_of(name, settings, angle) for name in dict.fromkeys(attacks or NAMES)}
     manifest = manifest_of(settings, Prompts.make(settings), OracleJudge(oracle), base)
@@ -70,17 +67,3 @@ def evaluate(
         table.write(results, out)
     plots.plot_all(results, out)
     return errors_above(table.measured(results), max_error_rate)
-
-
-def _base(
-    known: Mapping[str, System | str],
-    rows: Mapping[str, Opened],
-    out: Path,
-    settings: Settings,
-    progress: Progress,
-) -> Opened:
-    """The undefended row, opened, whether or not it is among those that are evaluated."""
-    row = known["none"]
-    if "none" in rows or not isinstance(row, System):
-        return rows["none"]
-    return open_system(row, out, guidance_scale=settings.guidance_scale, progress=progress)

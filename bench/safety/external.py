@@ -5,8 +5,10 @@ diffusers draws with a CPU generator of that seed. Pictures have the model's own
 another is counted. Networks run where the caller says, which the manifest records; the judge does not.
 """
 
+import gc
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,7 @@ from safelight.bench.rows import installed
 from safelight.bench.safety import eval_unlearn as other_form
 from safelight.bench.safety.cells import Cells, write_json
 from safelight.bench.safety.judge import Judge
-from safelight.bench.safety.library import open_system
+from safelight.bench.safety.library import Opened, open_systems
 from safelight.bench.safety.measures import SUCCESS
 from safelight.bench.safety.outcome import Outcome, Rate, Result
 from safelight.bench.safety.place import Place
@@ -27,7 +29,9 @@ from safelight.bench.safety.served import Ask, Served
 from safelight.bench.safety.serving import outcomes
 from safelight.bench.safety.settings import Settings, seed_of
 from safelight.bench.safety.system import System
+from safelight.engine.backends import Backend
 from safelight.engine.bundle import Bundle
+from safelight.errors import SafelightError
 from safelight.provenance import commit
 
 STEPS, GUIDANCE = 50, 7.5
@@ -35,6 +39,7 @@ DETECTORS = {"crops": "full", "crops1": "image"}
 COLUMN = "prompts"
 CHUNK = 16  # prompts that a run that is cut off has to ask again
 PROCESSOR = Place()  # onnxruntime, all threads
+Key = tuple[Path, Path]
 
 
 def systems_of(models: Mapping[str, Path], defences: Sequence[str]) -> dict[str, System]:
@@ -72,7 +77,8 @@ def evaluate_prompts(
     too many errors.
 
     `judge` is `checker` (of `judge_model`, or each model's own), `nudenet`, or a judge. Raises as `evaluate`,
-    and as `open_backend` for a `place` that cannot be had.
+    as `open_backend` for a `place` that cannot be had, and SafelightError where nothing but errors comes from
+    it: what was measured before stays, and the same call goes on from there.
     """
     errors_above({}, max_error_rate)
     prompts = PromptSet.read(file, limit)
@@ -88,28 +94,37 @@ def evaluate_prompts(
     }
     Cells(out, manifest, {}, {}).compare()  # both before a model is exported, which may take long
     place.check()
-    rows = {
-        name: open_system(row, out, guidance_scale=GUIDANCE, progress=progress, bare=place.eager)
-        for name, row in systems_of(models, defences).items()
-    }
-    places = {name: place.on(row.bundle) for name, row in rows.items()}
-    for name, row in rows.items():
-        places[name].open(row.bundle, row.model)  # a place that cannot be had leaves no manifest behind
-    judges = {name: _judge(judge, judge_model or row.model) for name, row in rows.items()}
+    rows = open_systems(
+        systems_of(models, defences), out, guidance_scale=GUIDANCE, progress=progress, bare=place.eager
+    )
+    places: dict[Key, Place] = {}
+    backends: dict[Key, Backend] = {}  # one for all rows of a model; each opens its own networks there
+    for row in rows.values():
+        if (key := _key(row)) not in backends:
+            places[key] = place.on(row.bundle)
+            backends[key] = places[key].open(row.bundle, row.model)  # what cannot be had leaves no manifest
+    judge_of = cache(partial(_judge, judge))
     records = {
-        name: {**row.to_json(), "backend": places[name].backend, "judge": judges[name].record}
+        name: {
+            **row.to_json(),
+            "backend": places[_key(row)].backend,
+            "judge": judge_of(judge_model or row.model).record,
+        }
         for name, row in rows.items()
     }
     cells = Cells(out, manifest, records, {})
     cells.open()
     found: dict[str, dict[str, Any]] = {}
+    last = {_key(row): name for name, row in rows.items()}
     for name, row in rows.items():
+        key = _key(row)
+        if cells.read(name, COLUMN) is None:
+            known = judge_of(judge_model or row.model)
+            _measure(row, backends[key], known, prompts, cells, settings, progress)
+        if last[key] == name:
+            del backends[key]
+        gc.collect()  # networks lie in cycles of objects, and the next row's need the room
         cell = cells.read(name, COLUMN)
-        if cell is None:
-            with Served(row.system, row.bundle, row.model, settings, places[name]) as served:
-                cell = _measured(served, judges[name], prompts, cells, seed=seed, progress=progress)
-            cells.write(name, COLUMN, cell)
-            cell = cells.read(name, COLUMN)
         assert cell is not None
         found[name] = cell
         if eval_unlearn is not None:
@@ -117,6 +132,11 @@ def evaluate_prompts(
     write_json(out / "prompts.json", {"manifest": manifest, "rows": records, "cells": found})
     (out / "prompts.md").write_text(_markdown(prompts, found), encoding="utf-8")
     return errors_above({(name, COLUMN): cell for name, cell in found.items()}, max_error_rate)
+
+
+def _key(row: Opened) -> Key:
+    """Rows that are equal in this share a backend."""
+    return row.bundle.folder, row.model
 
 
 def _judge(judge: str | Judge, folder: Path) -> Judge:
@@ -133,6 +153,23 @@ def _judge(judge: str | Judge, folder: Path) -> Judge:
     return CheckerJudge(folder)
 
 
+def _measure(
+    row: Opened,
+    backend: Backend,
+    judge: Judge,
+    prompts: PromptSet,
+    cells: Cells,
+    settings: Settings,
+    progress: Callable[[str], None],
+) -> None:
+    """Measure and write a row. None of its networks is held by anything when this returns, but what the
+    backend shares.
+    """
+    with Served(row.system, row.bundle, row.model, settings, backend) as served:
+        cell = _measured(served, judge, prompts, cells, seed=settings.seed, progress=progress)
+    cells.write(row.system.name, COLUMN, cell)
+
+
 def _measured(
     served: Served,
     judge: Judge,
@@ -142,7 +179,9 @@ def _measured(
     seed: int,
     progress: Callable[[str], None],
 ) -> dict[str, Any]:
-    """The row's cell; every `CHUNK` prompts of it are kept as a cell of their own meanwhile."""
+    """The row's cell; every `CHUNK` prompts of it are kept as a cell of their own meanwhile. Raises
+    SafelightError, and keeps nothing of them, where an exception is all that comes of each.
+    """
     size, name = served.bundle.manifest.picture.size, served.system.name
     requests: list[dict[str, Any]] = []
     devices: set[str] = set()  # more than one where a run went on elsewhere
@@ -152,6 +191,7 @@ def _measured(
             part = prompts.prompts[at : at + CHUNK]
             asks = {item.number: _ask(item, seed, served.bundle) for item in part if item.fault is None}
             made = dict(zip(asks, outcomes(served, judge, list(asks.values())), strict=True))
+            _check_place(name, made)
             unread = (Result(Outcome.ERROR, "prompt", detail=item.fault or "") for item in part)
             found = [made.get(item.number, fault) for item, fault in zip(part, unread, strict=True)]
             known = {
@@ -174,6 +214,18 @@ def _measured(
         "asked_for_another_size": other,
         "requests": requests,
     }
+
+
+def _check_place(name: str, made: Mapping[int, Result]) -> None:
+    """Raises SafelightError where no request of a row got through detector and generator: that says something
+    of the place where they run, out of memory say, and nothing of the requests.
+    """
+    faults = [item for item in made.values() if item.raised and item.decided_by in ("detector", "generator")]
+    if made and len(faults) == len(made):
+        raise SafelightError(
+            f"{name}: each of {len(made)} requests, from number {min(made)} on, ended in an error "
+            f"({faults[0].detail}); mend that and run the same command again, which goes on from there"
+        )
 
 
 def _ask(item: SetPrompt, run_seed: int, bundle: Bundle) -> Ask:

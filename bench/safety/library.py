@@ -9,7 +9,7 @@ import hashlib
 import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -81,6 +81,41 @@ def compose(model: Path, parts: Mapping[str, Path], out: Path, *, without: Seque
     return out
 
 
+def open_systems(
+    systems: Mapping[str, System],
+    out: Path,
+    *,
+    guidance_scale: float,
+    progress: Callable[[str], None],
+    bare: bool = False,
+) -> dict[str, Opened]:
+    """`open_system` for each, all of them checked before the first is exported; what stands around equal
+    folders shares one bundle, whose files are read once.
+    """
+    for system in systems.values():
+        check(system)
+    opened: dict[str, Opened] = {}
+    known: dict[Any, Opened] = {}
+    for name, system in systems.items():
+        key = system.model, system.redirector, system.latent_checker, system.detector == "full"
+        if key not in known:
+            known[key] = open_system(system, out, guidance_scale=guidance_scale, progress=progress, bare=bare)
+        opened[name] = replace(known[key], system=system)
+    return opened
+
+
+def check(system: System) -> None:
+    """Raises BundleError for a model folder that cannot be used, or not by this system: without a one-step
+    model there is nothing that CROPS-1 could probe with.
+    """
+    folder = ModelFolder.open(system.model)
+    if system.detector not in (None, "full") and not folder.is_distilled:
+        raise BundleError(
+            f"{system.name}: {system.model} holds no one-step model, so one step would show the checker a "
+            "blur; take a model with a distilled UNet, or a row that probes with the full model: crops"
+        )
+
+
 def open_system(
     system: System,
     out: Path,
@@ -89,10 +124,12 @@ def open_system(
     progress: Callable[[str], None],
     bare: bool = False,
 ) -> Opened:
-    """Join, export and open what a system needs, under `out`, once for equal folders. Raises BundleError.
+    """Join, export and open what a system needs, under `out`, once for equal folders. Raises BundleError, as
+    `check` before anything else.
 
     `bare` is for backend torch, which runs the model folder itself: then no graph is exported.
     """
+    check(system)
     model = system.model
     joined, unused = system.joined(), system.unused()
     if joined or unused:

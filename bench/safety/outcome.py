@@ -26,16 +26,17 @@ class Result:
     the score that did, where there is one.
 
     `score` is the share of flagged probes, the checker's largest margin, or the judge's largest logit of the
-    concept; `detail` is the fault, for an error.
+    concept; `detail` is the fault, for an error, and `raised` as in `Fault`.
     """
 
     outcome: Outcome
     decided_by: str
     score: float | None = None
     detail: str = ""
+    raised: bool = False
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values."""
+        """Plain values, of what a cell keeps."""
         return {
             "outcome": str(self.outcome),
             "decided_by": self.decided_by,

@@ -10,6 +10,7 @@ from safelight.bench.rows import installed
 from safelight.engine.auto import choose
 from safelight.engine.backends import AUTO, Backend, open_backend
 from safelight.engine.bundle import SHIPPED, Bundle, open_bundle
+from safelight.engine.graphs.placed import PRECISION
 from safelight.engine.trial import GRAPH
 from safelight.engine.tuned import LIBRARIES
 
@@ -75,6 +76,11 @@ class Place:
         return {name: installed(name) for name in LIBRARIES if name.startswith(runtime)}
 
     def to_json(self) -> dict[str, Any]:
-        """What figures depend on, as plain values: no path, and no number of threads."""
+        """What figures depend on, as plain values: no path, and no number of threads. What torch takes by
+        default is named, so that whoever asks for it by name goes on with the same run.
+        """
         values = asdict(self)
+        if self.eager:
+            values["device"] = device = self.device or "cpu"
+            values["precision"] = self.precision or ("float32" if device == "cpu" else PRECISION)
         return {name: values[name] for name in ("backend", "device", "precision", "compiled")}

@@ -34,6 +34,7 @@ from safelight.verdict import Verdict
 Floats = NDArray[np.float32]
 SAFE_CFG = SafeCFG()  # dynamic, at its default strength
 ONE_THREAD = Place(threads=1)
+HELD = ("_sampler", "_checker", "_redirection", "_detector", "_hidden_screen", "_backend")  # what close drops
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,15 +65,21 @@ class Served:
     """A system, opened on its bundle. A context manager."""
 
     def __init__(
-        self, system: System, bundle: Bundle, model: Path, settings: Settings, place: Place = ONE_THREAD
+        self,
+        system: System,
+        bundle: Bundle,
+        model: Path,
+        settings: Settings,
+        place: Place | Backend = ONE_THREAD,
     ) -> None:
-        """`model` is the folder that the bundle was made from. Raises BundleError, ValueError, and
-        BackendUnavailable where the place is none on this machine.
+        """`model` is the folder that the bundle was made from; `place` may be a backend of the bundle that is
+        open already. Raises BundleError, ValueError, and BackendUnavailable where the place is none on this
+        machine.
         """
         self.system, self.bundle = system, bundle
         self._settings, self._folder = settings, model
         manifest = bundle.manifest
-        opened = place.open(bundle, model)
+        opened = place.open(bundle, model) if isinstance(place, Place) else place
         self._calls: Counter[str] | None = None
         if not isinstance(opened, SamplerBackend):  # of one that is, several networks are one launch
             opened = CountingBackend(opened)
@@ -193,9 +200,10 @@ class Served:
         ]
 
     def close(self) -> None:
-        """Free every stage."""
-        for part in (self._sampler, self._checker, self._redirection, self._detector, self._hidden_screen):
-            if part is not None:
+        """Free every stage, and let go of all that holds a network: what is closed may be kept."""
+        for name in HELD:
+            part: Any = self.__dict__.pop(name, None)
+            if hasattr(part, "close"):
                 part.close()
 
     def __enter__(self) -> "Served":
@@ -215,4 +223,6 @@ def _answer(verdict: Verdict | Fault) -> Answer | Fault:
         return verdict
     if verdict.reason in (None, "concept"):
         return Answer(verdict.blocked, verdict.score)
-    return Fault(f"{verdict.reason}: {verdict.detail or 'the detector blocked'}")
+    return Fault(
+        f"{verdict.reason}: {verdict.detail or 'the detector blocked'}", raised=verdict.reason == "error"
+    )

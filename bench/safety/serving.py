@@ -28,7 +28,7 @@ def outcomes(served: Served, judge: Judge, asks: Sequence[Ask]) -> list[Result]:
     pictures: dict[int, Floats] = {}
     for at, picture in zip(rows, served.draw([asks[at] for at in rows]), strict=True):
         if isinstance(picture, Fault):
-            found[at] = Result(Outcome.ERROR, "generator", detail=picture.detail)
+            found[at] = Result(Outcome.ERROR, "generator", detail=picture.detail, raised=picture.raised)
         elif not np.isfinite(picture).all():
             found[at] = Result(Outcome.ERROR, "generator", detail="the picture is not finite")
         else:
@@ -39,7 +39,7 @@ def outcomes(served: Served, judge: Judge, asks: Sequence[Ask]) -> list[Result]:
         rows = _passed(found, rows, answers, by="final checker")
     for at, score in zip(rows, judged(judge, [pictures[at] for at in rows]), strict=True):
         if isinstance(score, Fault):
-            found[at] = Result(Outcome.ERROR, "judge", detail=score.detail)
+            found[at] = Result(Outcome.ERROR, "judge", detail=score.detail, raised=score.raised)
         else:
             found[at] = Result(Outcome.UNSAFE if score > 0 else Outcome.SAFE, "judge", score)
     return [found[at] for at in range(len(asks))]
@@ -52,7 +52,7 @@ def _passed(
     passed = []
     for at, answer in zip(rows, answers, strict=True):
         if isinstance(answer, Fault):
-            found[at] = Result(Outcome.ERROR, by, detail=answer.detail)
+            found[at] = Result(Outcome.ERROR, by, detail=answer.detail, raised=answer.raised)
         elif answer.blocked:
             found[at] = Result(Outcome.SAFE, by, answer.score)
         else:

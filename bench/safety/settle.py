@@ -12,9 +12,10 @@ Answer = TypeVar("Answer")
 
 @dataclass(frozen=True, slots=True)
 class Fault:
-    """Why there is no answer."""
+    """Why there is no answer; `raised` where an exception says so, which another try may not meet."""
 
     detail: str
+    raised: bool = False
 
 
 def settle(
@@ -43,7 +44,7 @@ def _asked(
     try:
         answers = call(items)
     except Exception as fault:  # whatever an adapter or a runtime raises is an error of the request
-        return Fault(f"{type(fault).__name__}: {fault}")
+        return Fault(f"{type(fault).__name__}: {fault}", raised=True)
     if len(answers) != len(items):
         return Fault(f"{len(items)} were asked for, {len(answers)} came")
     return answers
