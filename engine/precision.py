@@ -97,7 +97,7 @@ class _Pass:
                 self._masks.add(node.outputs[0])
             else:
                 found.kept += product
-        self._drop_unused()
+        drop_unused(self._graph)
         return found
 
     def _is_float(self, value: ir.Value) -> bool:
@@ -195,13 +195,15 @@ class _Pass:
         self._names += 1
         return f"{value.name}.{word}.{self._names}"
 
-    def _drop_unused(self) -> None:
-        for node in reversed(list(self._graph)):
-            if not any(value.uses() or value.is_graph_output() for value in node.outputs):
-                self._graph.remove(node, safe=True)
-        for name, value in list(self._graph.initializers.items()):
-            if not value.uses() and not value.is_graph_output():
-                del self._graph.initializers[name]
+
+def drop_unused(graph: ir.Graph) -> None:
+    """Remove nodes and constants that no output needs."""
+    for node in reversed(list(graph)):
+        if not any(value.uses() or value.is_graph_output() for value in node.outputs):
+            graph.remove(node, safe=True)
+    for name, value in list(graph.initializers.items()):
+        if not value.uses() and not value.is_graph_output():
+            del graph.initializers[name]
 
 
 def widened_weights(graph: ir.Graph) -> dict[ir.Value, ir.TensorProtocol]:

@@ -14,7 +14,7 @@ from safelight.cli import EXTRAS, main
 from safelight.verdict import Verdict
 
 COMMANDS = ["screen", "generate", "export", "verify", "inspect", "synth", "calibrate", "doctor", "bench"]
-COMMANDS += ["build", "data", "defend", "distill", "evaluate", "kernels", "tune"]
+COMMANDS += ["build", "data", "defend", "distill", "evaluate", "kernels", "quantize", "tune"]
 
 # A detector that blocks what says star, times out on slow, and raises for some other words.
 FAKE = """

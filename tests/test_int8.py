@@ -260,7 +260,7 @@ def test_an_agreement_that_cannot_be_is_refused(changes: dict) -> None:
 def test_two_forms_do_not_share_a_file(made: Bundle) -> None:
     graph = made.manifest.graphs["detector"]
     assert graph.int8 is not None
-    with pytest.raises(ValueError, match="belongs to two graphs"):
+    with pytest.raises(ValueError, match="belongs to an int8 form and to another graph"):
         replace(
             made.manifest,
             graphs={

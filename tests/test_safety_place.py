@@ -31,11 +31,11 @@ from safelight.engine.graphs.sampling import GraphSampler
 from safelight.engine.model_folder import ModelFolder
 from safelight.errors import BackendUnavailable, BundleError, SafelightError
 from safelight.export.assembly import RECORD
-from safelight.models.shapes import MODEL_FOLDER
 
 SETTINGS = Settings(steps=10, batch=4, probe_steps=2)
 PROMPTS = ["a yellow star", "a red circle", "a small blue star", "a green square", "a pink heart"]
 ASKS = [Ask(text, at, 100 + at) for at, text in enumerate(PROMPTS)]
+MODEL_FOLDER = Path(__file__).resolve().parents[1] / "models/shapes/model"  # in the checkout alone
 PLAIN = System("plain", MODEL_FOLDER)
 GUARDED = System("guarded", MODEL_FOLDER, detector="image", final_checker=True)
 TORCH, GPU = Place("torch", threads=1), Place("torch", device="cuda", precision="float32")

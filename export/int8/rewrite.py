@@ -18,7 +18,7 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from safelight.engine.precision import exact_products, products_behind, widened_weights
+from safelight.engine.precision import drop_unused, exact_products, products_behind, widened_weights
 
 PRODUCTS = frozenset({"Conv", "MatMul"})  # Gemm is left: the usual models have it once a step, for one row
 SMALLEST = 256  # terms of a sum; products of shorter ones cost little and lose most
@@ -97,7 +97,7 @@ class _Pass:
                 node.replace_input_with(2, self._constant(node, "bias", steps, scale * scales, axis=0))
             if node.op_type == "Conv":
                 self._bound(node)
-        self._drop_unused()
+        drop_unused(self._graph)
         return len(found)
 
     def _as_bytes(self, value: ir.Value, before: ir.Node) -> tuple[ir.Value, float]:
@@ -178,14 +178,6 @@ class _Pass:
         )
         self._graph.register_initializer(value)
         return value
-
-    def _drop_unused(self) -> None:
-        for node in reversed(list(self._graph)):
-            if not any(value.uses() or value.is_graph_output() for value in node.outputs):
-                self._graph.remove(node, safe=True)
-        for name, value in list(self._graph.initializers.items()):
-            if not value.uses() and not value.is_graph_output():
-                del self._graph.initializers[name]
 
 
 def _node(

@@ -312,8 +312,9 @@ class Manifest:
             if graph.int8 is not None and name not in INT8_GRAPHS:
                 raise ValueError(f"{name} has an int8 form; only {INT8_GRAPHS} may have one")
         parts = [part for graph in self.graphs.values() for part in graph.all_parts]
-        if twice := [part for part in parts if parts.count(part) > 1]:
-            raise ValueError(f"{twice[0]!r} belongs to two graphs")
+        forms = [graph.parts(int8=True) for graph in self.graphs.values() if graph.int8 is not None]
+        if shared := [part for form in forms for part in form if parts.count(part) > 1]:
+            raise ValueError(f"{shared[0]!r} belongs to an int8 form and to another graph")
 
     @property
     def schedule(self) -> NoiseSchedule:
