@@ -80,6 +80,8 @@ def quantize_bundle(
             if graph not in manifest.graphs:
                 continue
             checker = _CHECKERS[graph]
+            said = f"{graph}: calibrating on {calibrate} prompts"
+            progress(said)
             samples = record(bundle, ranging, checker)
             with TemporaryDirectory(dir=target.absolute().parent, prefix=f".{target.name}.") as scratch:
                 ranges = measure(
@@ -87,7 +89,7 @@ def quantize_bundle(
                     samples,
                     Path(scratch),
                     threads=threads or cores(),
-                    on_share=partial_of(progress, f"{graph}: calibrating on {calibrate} prompts"),
+                    on_share=partial_of(progress, said),
                 )
             model = ir.load(bundle.graph(graph))
             done = to_int8(model, ranges)
@@ -150,6 +152,8 @@ def _agreement(
     """
     form = bundle.manifest.graphs[graph].int8
     assert form is not None
+    said = f"{graph}: comparing on {len(prompts)} prompts"
+    progress(said)
     found: list[list[Verdict]] = []
     for opened, backend in ((exact, BACKEND), (bundle, f"{BACKEND}:{INT8}")):
         runtime, probe = open_backend(backend, opened, threads=threads), opened.manifest.probe
@@ -160,7 +164,7 @@ def _agreement(
                 if verdict.reason not in (None, "concept"):
                     raise ExportError(f"{backend}: {prompt!r} gave {verdict.reason} ({verdict.detail})")
                 share = (len(found) + len(seen) / len(prompts)) / 2
-                progress(f"{graph}: comparing on {len(prompts)} prompts", share)
+                progress(said, share)
         found.append(seen)
     exact_verdicts, verdicts = found
     trial = compare(graph, exact_verdicts, verdicts, [0.0])
