@@ -25,6 +25,7 @@ from safelight.engine.backends import open_backend
 from safelight.engine.bundle import Bundle, open_bundle
 from safelight.engine.model_folder import ModelFolder
 from safelight.errors import BackendUnavailable, SafelightError
+from safelight.manifest import DETECTORS
 from safelight.provenance import commit
 
 COMMAND = "safelight bench cpu"
@@ -32,7 +33,6 @@ PIXELS = "largest |pixel - eager pixel|, pixels in [0, 1]"
 TIMEOUT_S = 3600.0
 OURS = ("onnxruntime", "openvino", "openvino:bf16")
 INT8 = ("onnxruntime:int8", "openvino:int8")  # where the bundle has that form
-GRAPH = {"image": "detector", "latent": "detector_latent"}  # by who looks at the probes
 PEERS = (
     {"dtype": "bfloat16", "channels_last": True},
     {"dtype": "bfloat16", "channels_last": True, "batched": True},
@@ -57,13 +57,13 @@ class CpuPath:
 
 def paths(bundle: Bundle) -> Iterator[CpuPath]:
     """All paths that this bundle has, those that others are compared with first."""
-    checkers = [name for name, graph in GRAPH.items() if graph in bundle.manifest.graphs]
+    checkers = [name for name, graph in DETECTORS.items() if graph in bundle.manifest.graphs]
     for checker in checkers:
         eager = {"backend": "torch", "checker": checker, "early_exit": False, "flops": True}
         yield CpuPath(f"eager reference, {checker} checker", "ours", eager, checker)
     yield CpuPath("diffusers fp32", "diffusers")
     for checker in checkers:
-        int8 = bundle.manifest.graphs[GRAPH[checker]].int8 is not None
+        int8 = bundle.manifest.graphs[DETECTORS[checker]].int8 is not None
         for backend in reversed((*OURS, *INT8) if int8 else OURS):
             for early in (False, True):
                 options = {"backend": backend, "checker": checker, "early_exit": early}

@@ -68,6 +68,16 @@ def read_prompts(path: Path, column: str = "prompt") -> Iterator[PromptRow]:
         yield from _lines(path, None if suffix == ".txt" else column)
 
 
+def all_prompts(path: Path, column: str = "prompt") -> Iterator[str]:
+    """The prompts of a file for whom none may be missing. Raises as `read_prompts`, and ValueError for a row
+    that holds none.
+    """
+    for row in read_prompts(path, column):
+        if row.prompt is None:
+            raise ValueError(f"{path}: row {row.number}: {row.fault}; mend it, every row is used")
+        yield row.prompt
+
+
 def count_rows(path: Path, column: str = "prompt") -> int:
     """How many rows `read_prompts` yields, without hashing or decoding more than it must."""
     if file_format(path) == ".parquet":

@@ -23,7 +23,7 @@ from safelight.engine.model_source import locate_model
 from safelight.errors import BundleError, ExportError, SafelightError
 from safelight.export.weights import round_to_half
 from safelight.kernels.reference import concept_margins
-from safelight.manifest import GRAPHS, OPTIONAL_GRAPHS, GraphEntry, Manifest, Row, Source
+from safelight.manifest import DETECTORS, GRAPHS, OPTIONAL_GRAPHS, GraphEntry, Manifest, Row, Source
 from safelight.models.shapes import MODEL_FOLDER
 
 # Largest accepted differences. The single networks are float32 in both bodies and differ by the order of
@@ -69,7 +69,7 @@ class Case:
 
 def cases(graph: str, *, large: bool) -> tuple[Case, ...]:
     """What is compared: small and odd lengths and, in a detector, a probe that must be flagged."""
-    if graph not in ("detector", "detector_latent"):
+    if graph not in DETECTORS.values():
         return tuple(Case({"batch": batch}) for batch in ((1, 2) if large else (1, 3)))
     pairs = ((1, 1),) if large else ((1, 1), (1, 8), (3, 5))
     found = [Case({"requests": requests, "probes": probes}) for requests, probes in pairs]

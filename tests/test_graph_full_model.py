@@ -3,6 +3,7 @@ say what the full model over the eager stages says.
 """
 
 import math
+import runpy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from safelight.engine.graphs.full_model import GraphFullModel
 from safelight.engine.graphs.placed import Placement
 from safelight.engine.graphs.probes import probe_values
 from safelight.engine.graphs.program import Program
-from safelight.engine.graphs.runner import Body, Processor
+from safelight.engine.graphs.runner import Processor
 from safelight.engine.model_folder import ModelFolder
 from safelight.engine.neighbourhood import Request
 from safelight.engine.tokenizer import open_tokenizer
@@ -37,23 +38,7 @@ ONE, TWO = "one text encoder", "two text encoders"
 one_model = pytest.mark.parametrize("any_model", [ONE], indirect=True)  # the law does not depend on it
 
 
-class Counting(Processor):
-    """The processor, counting replays and waits; `fault` is raised where a GPU reports errors."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.replays = self.waits = 0
-        self.fault: Exception | None = None
-
-    def replay(self, recorded: Body) -> None:
-        self.replays += 1
-        super().replay(recorded)
-
-    def finish(self, *args: Any) -> None:
-        self.waits += 1
-        if self.fault is not None:
-            raise self.fault
-        super().finish(*args)
+Counting = runpy.run_path(str(Path(__file__).with_name("counting.py")))["Counting"]
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,7 @@
 """Steps on the device, on the processor: the same pictures as a sampler over the eager stages makes."""
 
 import math
+import runpy
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from safelight.engine.detect import Detector
 from safelight.engine.generate import Generator
 from safelight.engine.graphs.backend import GraphBackend
 from safelight.engine.graphs.placed import Placement
-from safelight.engine.graphs.runner import Body, Processor
+from safelight.engine.graphs.runner import Processor
 from safelight.engine.graphs.sampling import GraphSampler
 from safelight.engine.guidance import SafeCFG
 from safelight.engine.model_folder import ModelFolder
@@ -28,23 +29,7 @@ ONE, TWO = "one text encoder", "two text encoders"
 one_model = pytest.mark.parametrize("any_model", [ONE], indirect=True)  # the law does not depend on it
 
 
-class Counting(Processor):
-    """The processor, counting replays and waits; `fault` is raised where a GPU reports errors."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.replays = self.waits = 0
-        self.fault: Exception | None = None
-
-    def replay(self, recorded: Body) -> None:
-        self.replays += 1
-        super().replay(recorded)
-
-    def finish(self, *args: Any) -> None:
-        self.waits += 1
-        if self.fault is not None:
-            raise self.fault
-        super().finish(*args)
+Counting = runpy.run_path(str(Path(__file__).with_name("counting.py")))["Counting"]
 
 
 @pytest.fixture(scope="module")

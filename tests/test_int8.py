@@ -24,7 +24,8 @@ from safelight.errors import BackendUnavailable, BundleError, ExportError, Safel
 from safelight.export.int8 import bundle as quantizing
 from safelight.export.int8.bundle import quantize_bundle
 from safelight.export.int8.recorded import record
-from safelight.manifest import INT8_GRAPHS, MANIFEST, Int8Form, Manifest
+from safelight.export.verify import Case, draw
+from safelight.manifest import DETECTORS, MANIFEST, Int8Form, Manifest
 from safelight.models.shapes.captions import DEMO_PROMPTS
 
 PROMPTS = [prompt for _, prompt in DEMO_PROMPTS]
@@ -78,7 +79,7 @@ def test_verdicts_are_float32s_and_margins_show_that_it_is_int8(made, reference,
 
 
 @needs_int8
-@pytest.mark.parametrize("graph", INT8_GRAPHS)
+@pytest.mark.parametrize("graph", DETECTORS.values())
 def test_onnxruntime_runs_the_products_in_integers(made: Bundle, graph: str, tmp_path: Path) -> None:
     options = ort.SessionOptions()
     options.optimized_model_filepath = str(tmp_path / "optimized.onnx")
@@ -92,7 +93,7 @@ def test_onnxruntime_runs_the_products_in_integers(made: Bundle, graph: str, tmp
 
 
 @needs_int8
-@pytest.mark.parametrize("graph", INT8_GRAPHS)
+@pytest.mark.parametrize("graph", DETECTORS.values())
 def test_openvino_runs_the_products_in_integers(made: Bundle, graph: str) -> None:
     stage = open_backend("openvino:int8", made, threads=1).stage(graph)
     ran = [op.get_rt_info() for op in stage._compiled.get_runtime_model().get_ordered_ops()]
@@ -113,16 +114,11 @@ def test_other_graphs_stay_float32(made: Bundle, backend: str) -> None:
 
 @needs_int8
 @pytest.mark.parametrize("backend", BOTH)
-@pytest.mark.parametrize("graph", INT8_GRAPHS)
+@pytest.mark.parametrize("graph", DETECTORS.values())
 def test_what_is_not_finite_is_flagged_though_bytes_cannot_hold_it(made, backend, graph) -> None:
     stage = open_backend(backend, made, threads=1).stage(graph)
     stage.plan(requests=1, probes=3)
-    generator = np.random.default_rng(3)
-    inputs = {}
-    for item in stage.spec.inputs:
-        shape = tuple({"requests": 1, "probes": 3}.get(axis, axis) for axis in item.axes)
-        drawn = generator.standard_normal(shape) if item.dtype == "float32" else np.ones(shape)
-        inputs[item.name] = np.asarray(drawn, item.dtype)
+    inputs = draw(stage.spec, made.manifest, Case({"requests": 1, "probes": 3}))
     assert stage.run(inputs)["finite"].all()
     for name in ("prompt_u", "prompt_v", "angle", "phase", "latents"):
         for value in (np.nan, np.inf, -np.inf):
@@ -135,10 +131,10 @@ def test_what_is_not_finite_is_flagged_though_bytes_cannot_hold_it(made, backend
 
 def test_the_copy_is_the_bundle_and_two_forms_more(shapes: Bundle, made: Bundle) -> None:
     ours, theirs = made.manifest, shapes.manifest
-    forms = {part for name in INT8_GRAPHS for part in ours.graphs[name].parts(int8=True)}
+    forms = {part for name in DETECTORS.values() for part in ours.graphs[name].parts(int8=True)}
     assert {name: ours.files[name] for name in theirs.files} == dict(theirs.files)
     assert ours.files.keys() - theirs.files.keys() == forms
-    for name in INT8_GRAPHS:
+    for name in DETECTORS.values():
         form = ours.graphs[name].int8
         assert (
             form is not None

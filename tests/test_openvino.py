@@ -22,6 +22,7 @@ from safelight.engine.compiled_cache import SEAL, cache_root
 from safelight.engine.detect import Detector
 from safelight.engine.doctor import cpu_flags
 from safelight.errors import BackendUnavailable, BundleError
+from safelight.export.verify import Case, draw
 from safelight.models.shapes.captions import DEMO_PROMPTS
 
 HANDMADE = runpy.run_path(str(Path(__file__).with_name("handmade.py")))
@@ -103,12 +104,8 @@ def test_where_one_look_decides_bfloat16_is_not_used() -> None:
 def test_what_is_not_finite_is_flagged_and_stays_with_its_probe(name: str, graph: str) -> None:
     stage = open_backend(name, open_bundle("shapes"), threads=1).stage(graph)
     stage.plan(requests=1, probes=3)
-    generator = np.random.default_rng(3)
-    inputs = {}
-    for item in stage.spec.inputs:
-        shape = tuple({"requests": 1, "probes": 3}.get(axis, axis) for axis in item.axes)
-        drawn = generator.standard_normal(shape) if item.dtype == "float32" else np.ones(shape)
-        inputs[item.name] = np.asarray(drawn, item.dtype)
+    inputs = draw(stage.spec, open_bundle("shapes").manifest, Case({"requests": 1, "probes": 3}))
+    inputs["need"][:] = 1  # one flagged probe blocks
     clean = {name: found.copy() for name, found in stage.run(inputs).items()}
     assert clean["finite"].all()
     for name in ("prompt_u", "prompt_v", "angle", "phase", "latents"):

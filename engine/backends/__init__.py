@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from safelight.engine.bundle import Bundle
 from safelight.engine.doctor import cpu_flags
 from safelight.errors import BackendUnavailable, ShapeError
-from safelight.manifest import INT8_GRAPHS, GraphEntry, Manifest, TensorSpec
+from safelight.manifest import DETECTORS, GraphEntry, Manifest, TensorSpec
 
 Array = NDArray[Any]
 BACKENDS = (
@@ -135,13 +135,13 @@ def lanes_of(manifest: Manifest, graph: str, threads: int) -> int:
     to meet after every operator.
     """
     _, height, width = manifest.picture.latents
-    small = graph in ("detector", "detector_latent") and height * width <= SMALL
+    small = graph in DETECTORS.values() and height * width <= SMALL
     return min(threads, LANES) if small else 1
 
 
 def int8_of(variant: str, graph: str) -> bool:
     """Whether a backend's variant takes a graph's int8 form: it must be there, float32 never stands in."""
-    return variant == INT8 and graph in INT8_GRAPHS
+    return variant == INT8 and graph in DETECTORS.values()
 
 
 def check_int8(backend: str) -> None:

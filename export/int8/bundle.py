@@ -14,6 +14,7 @@ from dataclasses import replace
 from functools import partial as partial_of
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Literal
 
 import onnx_ir as ir
 
@@ -22,7 +23,6 @@ from safelight.engine.backends import INT8, check_int8, open_backend
 from safelight.engine.bundle import Bundle
 from safelight.engine.detect import Detector
 from safelight.engine.doctor import cores
-from safelight.engine.probe_model import CheckerKind
 from safelight.engine.tune import compare
 from safelight.errors import ExportError
 from safelight.export.int8.ranges import measure
@@ -30,13 +30,12 @@ from safelight.export.int8.recorded import record
 from safelight.export.int8.rewrite import to_int8
 from safelight.export.progress import Progress, silent
 from safelight.export.weights import save
-from safelight.manifest import INT8_GRAPHS, FileEntry, Int8Form, Manifest
+from safelight.manifest import DETECTORS, FileEntry, Int8Form, Manifest
 from safelight.new_folder import new_folder
 from safelight.verdict import Verdict
 
 MOST = 0.01  # the share of verdicts, and of probes, that may be judged otherwise
 BACKEND = "onnxruntime"
-_CHECKERS: dict[str, CheckerKind] = {"detector": "image", "detector_latent": "latent"}
 
 
 def quantize_bundle(
@@ -76,10 +75,9 @@ def quantize_bundle(
     )  # by their seeds, which are thus others too
     with new_folder(target) as partial:
         manifest = _copied(bundle, partial)
-        for graph in INT8_GRAPHS:
+        for checker, graph in DETECTORS.items():
             if graph not in manifest.graphs:
                 continue
-            checker = _CHECKERS[graph]
             said = f"{graph}: calibrating on {calibrate} prompts"
             progress(said)
             samples = record(bundle, ranging, checker)
@@ -103,7 +101,7 @@ def quantize_bundle(
             form = _agreement(
                 bundle,
                 Bundle(partial, manifest),
-                graph,
+                checker,
                 others,
                 threads=threads,
                 progress=progress,
@@ -140,7 +138,7 @@ def _with_form(manifest: Manifest, partial: Path, graph: str, form: Int8Form) ->
 def _agreement(
     exact: Bundle,
     bundle: Bundle,
-    graph: str,
+    checker: Literal["image", "latent"],
     prompts: Mapping[int, str],
     *,
     threads: int | None,
@@ -150,6 +148,7 @@ def _agreement(
     """The form with what was measured of it, on prompts by their seeds. Raises ExportError where it judges
     otherwise, or nothing was proven.
     """
+    graph = DETECTORS[checker]
     form = bundle.manifest.graphs[graph].int8
     assert form is not None
     said = f"{graph}: comparing on {len(prompts)} prompts"
@@ -158,7 +157,7 @@ def _agreement(
     for opened, backend in ((exact, BACKEND), (bundle, f"{BACKEND}:{INT8}")):
         runtime, probe = open_backend(backend, opened, threads=threads), opened.manifest.probe
         seen: list[Verdict] = []
-        with Detector(opened, runtime, probe, checker=_CHECKERS[graph], early_exit=False) as detector:
+        with Detector(opened, runtime, probe, checker=checker, early_exit=False) as detector:
             for seed, prompt in prompts.items():
                 seen.append(verdict := detector.check(prompt, seed=seed))
                 if verdict.reason not in (None, "concept"):

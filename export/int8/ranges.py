@@ -38,10 +38,14 @@ def measure(
     if not samples:
         raise ValueError("a range is measured on at least one prompt; got none")
     model = ir.load(graph)
-    names = [str(value.name) for value in watched(model.graph)]
+    values = watched(model.graph)
+    names = [str(value.name) for value in values]
     if not names:
         raise ExportError(f"{graph} has no product that int8 is worth; use it in float32")
-    asked = [*_say_extremes(model.graph), *(str(o.name) for o in model.graph.outputs if o.name == _FINITE)]
+    asked = [
+        *_say_extremes(model.graph, values),
+        *(str(o.name) for o in model.graph.outputs if o.name == _FINITE),
+    ]
     options = ort.SessionOptions()
     options.log_severity_level = 3
     options.intra_op_num_threads = threads
@@ -69,10 +73,10 @@ def measure(
     return {name: (low[name], high[name]) for name in names}
 
 
-def _say_extremes(graph: ir.Graph) -> list[str]:
+def _say_extremes(graph: ir.Graph, values: Sequence[ir.Value]) -> list[str]:
     """Add the outputs; returns their names, smallest and largest of each value in turn."""
     names = []
-    for value in watched(graph):
+    for value in values:
         for kind in _EXTREMES:
             node = ir.node(kind, [value], {"keepdims": 0}, name=f"{value.name}.{kind}")
             made = node.outputs[0]

@@ -42,7 +42,8 @@ OPTIONAL_GRAPHS = {
     "detector_latent": "latent_checker",
     "redirector": "redirector",
 }
-INT8_GRAPHS = ("detector", "detector_latent")  # graphs that may have an int8 form: many probes vote
+# by who looks at the probes, the graph that is a whole one-step detection; these alone may have an int8 form
+DETECTORS: dict[Literal["image", "latent"], str] = {"image": "detector", "latent": "detector_latent"}
 REQUIRED_GRAPHS = ("safety_checker", "detector", "text_encoder")
 REQUIRED_FILES = (
     "tokenizer/vocab.json",
@@ -153,9 +154,14 @@ class GraphEntry:
         return (self.int8.path, *self.int8.external)
 
     @property
+    def forms(self) -> tuple[tuple[str, ...], ...]:
+        """The `parts` of every form that it has."""
+        return (self.parts(),) if self.int8 is None else (self.parts(), self.parts(int8=True))
+
+    @property
     def all_parts(self) -> tuple[str, ...]:
         """The files of every form that it has."""
-        return self.parts() + (self.parts(int8=True) if self.int8 is not None else ())
+        return tuple(part for form in self.forms for part in form)
 
 
 @dataclass(frozen=True, slots=True)
@@ -309,12 +315,14 @@ class Manifest:
         for name, graph in self.graphs.items():
             if unlisted := [part for part in graph.all_parts if part not in self.files]:
                 raise ValueError(f"{unlisted[0]!r} belongs to a graph and is not among the files")
-            if graph.int8 is not None and name not in INT8_GRAPHS:
-                raise ValueError(f"{name} has an int8 form; only {INT8_GRAPHS} may have one")
-        parts = [part for graph in self.graphs.values() for part in graph.all_parts]
-        forms = [graph.parts(int8=True) for graph in self.graphs.values() if graph.int8 is not None]
-        if shared := [part for form in forms for part in form if parts.count(part) > 1]:
-            raise ValueError(f"{shared[0]!r} belongs to an int8 form and to another graph")
+            if graph.int8 is None:
+                continue
+            if name not in DETECTORS.values():
+                raise ValueError(f"{name} has an int8 form; only {(*DETECTORS.values(),)} may have one")
+            entries = (entry for other, entry in self.graphs.items() if other != name)
+            others = {part for entry in entries for part in entry.all_parts}
+            if shared := sorted({*graph.parts(int8=True)} & {*graph.parts(), *others}):
+                raise ValueError(f"{shared[0]!r} belongs to an int8 form and to another graph")
 
     @property
     def schedule(self) -> NoiseSchedule:
@@ -430,8 +438,7 @@ class Manifest:
             if name.endswith(("config.json", "model_index.json")):
                 check_classes(folder / name)
         for graph in self.graphs.values() if verify != "settings" else ():
-            for int8 in (False, True)[: 1 + (graph.int8 is not None)]:
-                path, *external = graph.parts(int8=int8)
+            for path, *external in graph.forms:
                 check_onnx(folder, path, tuple(external))
 
     def check_graph(self, folder: Path, graph: str, *, int8: bool = False) -> None:

@@ -116,13 +116,9 @@ def _read(path: Path, column: str, limit: int) -> tuple[str, ...]:
     """
     from itertools import islice
 
-    from safelight.engine.prompt_file import read_prompts
+    from safelight.engine.prompt_file import all_prompts
 
-    texts = []
-    for row in islice(read_prompts(path, column), 2 * limit):
-        if row.prompt is None:
-            raise ValueError(f"{path}: row {row.number}: {row.fault}; mend it, calibration uses every row")
-        texts.append(row.prompt)
+    texts = tuple(islice(all_prompts(path, column), 2 * limit))
     if len(texts) < 20:
         raise ValueError(f"{path}: {len(texts)} prompts are too few to calibrate with; give at least 20")
-    return tuple(texts)
+    return texts

@@ -59,10 +59,11 @@ def distill(model: str, prompts: str | None, column: str, out: Path, **options: 
 
     from safelight.defenses.latent_checker import PLAN, Config, distill, loss_of
     from safelight.engine.model_source import find_model
+    from safelight.engine.prompt_file import all_prompts
 
     if prompts is None and model != SHAPES:
         raise click.UsageError(f"--prompts FILE is needed for {model}; `--prompts shapes` for its captions")
-    texts = None if prompts in (None, SHAPES) else _read(Path(str(prompts)), column)
+    texts = None if prompts in (None, SHAPES) else list(all_prompts(Path(str(prompts)), column))
     told = {key: options[key] for key in ("temperature", "alpha", "beta") if options[key] is not None}
     policy = {
         "count": options["probes"],
@@ -93,14 +94,3 @@ def distill(model: str, prompts: str | None, column: str, out: Path, **options: 
         f"{band.requests} votes, and {band.changed} where the teacher is asked inside the band"
     )
     click.echo(f"safelight: written to {out}", err=True)
-
-
-def _read(path: Path, column: str) -> list[str]:
-    from safelight.engine.prompt_file import read_prompts
-
-    texts = []
-    for row in read_prompts(path, column):
-        if row.prompt is None:
-            raise ValueError(f"{path}: row {row.number}: {row.fault}; mend it, every row is learnt from")
-        texts.append(row.prompt)
-    return texts

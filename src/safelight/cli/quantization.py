@@ -81,13 +81,11 @@ def quantize(
 
 def _read(path: Path, column: str, count: int) -> tuple[str, ...]:
     """The first `count` different prompts of a file. A row that holds none is an error here."""
-    from safelight.engine.prompt_file import read_prompts
+    from safelight.engine.prompt_file import all_prompts
 
     texts: dict[str, None] = {}
-    for row in read_prompts(path, column):
-        if row.prompt is None:
-            raise ValueError(f"{path}: row {row.number}: {row.fault}; mend it, or leave it out")
-        texts[row.prompt] = None
+    for text in all_prompts(path, column):
+        texts[text] = None
         if len(texts) == count:
             return tuple(texts)
     raise ValueError(
