@@ -228,7 +228,8 @@ class _Run:
             self.average.load_state_dict(state["average"], strict=False)
         self.objective.load_state_dict(state["objective"])
         self.done = int(state["done"])
-        self._cut_losses()
+        if self.accelerator.is_main_process:  # which alone writes them: others would cut under its hand
+            self._cut_losses()
 
     def _cut_losses(self) -> None:
         """Drop the rows of steps that the checkpoint does not hold; they will be run again."""

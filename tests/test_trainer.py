@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate import Accelerator
 from torch import Tensor, nn
 
 from safelight.defenses.plan import Plan, Step
@@ -369,6 +370,21 @@ def test_a_loss_that_comes_late_is_refused_and_one_that_goes_is_nan(tmp_path: Pa
 def test_a_plan_out_of_range_is_refused(name: str, value: object) -> None:
     with pytest.raises(ValueError, match=f"^{name} "):
         replace(PLAN, **{name: value})
+
+
+def test_what_the_main_process_writes_no_other_touches(tmp_path: Path, monkeypatch) -> None:
+    """Whoever cut the losses while it reads their header would leave it none."""
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path, stop_after=3)
+    with (tmp_path / "losses.csv").open("a") as file:
+        file.write("3,0.5,0.5\n")  # of a step that the checkpoint does not hold
+    held = {path.name: (path.stat().st_mtime_ns, path.read_bytes()) for path in tmp_path.iterdir()}
+    with monkeypatch.context() as patch:
+        patch.setattr(Accelerator, "is_main_process", property(lambda self: False))
+        run(tmp_path)
+    assert held == {path.name: (path.stat().st_mtime_ns, path.read_bytes()) for path in tmp_path.iterdir()}
+    run(tmp_path)
+    assert [row[0] for row in rows(tmp_path)] == ["step", *map(str, range(PLAN.steps))]
 
 
 TWO = """
