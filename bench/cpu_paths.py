@@ -69,8 +69,13 @@ def paths(bundle: Bundle) -> Iterator[CpuPath]:
                 options = {"backend": backend, "checker": checker, "early_exit": early}
                 name = f"{backend}, {checker} checker{', early exit' if early else ''}"
                 yield CpuPath(name, "ours", options, checker, starts=not early)
-    if not any("unet_one_step" in name for name in bundle.manifest.source.weights):
+    if bundle.manifest.source.one_unet:
         yield CpuPath("openvino per component", "components")
+        for backend in OURS:
+            for by_component in (True, False):
+                name = f"{backend}, generator, {'one set of weights' if by_component else 'detector graph'}"
+                options = {"backend": backend, "by_component": by_component}
+                yield CpuPath(name, "generator", options, starts=True)
     for style in PEERS:
         yield CpuPath(f"diffusers {' '.join(map(str, style.values()))}", "diffusers", dict(style))
 
@@ -104,13 +109,13 @@ def measure(
         needed = path.name.startswith("eager") or path.name == "diffusers fp32"
         if not needed and (only not in path.name or (skip and skip in path.name)):
             continue
-        if path.kind == "ours" and path.options["backend"] != "torch" and not _usable(path, bundle, on_line):
+        if path.options.get("backend", "torch") != "torch" and not _usable(path, bundle, on_line):
             continue
         try:
             fresh = not (kept / _file(path)).exists()
             found[path.name] = _found(job, path, kept)
         except SafelightError as fault:
-            if path.kind == "ours":
+            if "backend" in path.options:
                 raise
             on_line(f"{path.name}: no row: {fault}")
             continue
@@ -200,10 +205,12 @@ def _rows(
     size = where.bundle.manifest.picture.size
     looked = f"{where.decoder} decoder" if path.checker == "image" else "latent checker"
     check, error = _compare(path, found, eager, where)
-    early = bool(path.options.get("early_exit"))
+    early, whole = bool(path.options.get("early_exit")), path.kind == "generator"
     note = " (eager reference)" if path.options.get("backend") == "torch" else ", early exit" if early else ""
+    if whole:
+        note = f", {path.name.rpartition(', ')[2]}"
     common: dict[str, Any] = {
-        "stage": "detect on a processor",
+        "stage": f"{'detect and generate' if whole else 'detect'} on a processor",
         "provider": found["provider"] + note,
         "threads": where.threads,
         "batch": 1,
@@ -220,9 +227,11 @@ def _rows(
         Row(
             **common,
             **spent,
-            x_eager=percentiles(eager["times_ms"])["p50_ms"] / spent["p50_ms"],
-            x_diffusers=percentiles(plain["times_ms"])["p50_ms"] / spent["p50_ms"] if plain else None,
-            pct_of_limit=None if early else 100 * eager["flops"] / limit / (spent["p50_ms"] * 1e-3),
+            x_eager=None if whole else percentiles(eager["times_ms"])["p50_ms"] / spent["p50_ms"],
+            x_diffusers=(
+                percentiles(plain["times_ms"])["p50_ms"] / spent["p50_ms"] if plain and not whole else None
+            ),
+            pct_of_limit=None if early or whole else 100 * eager["flops"] / limit / (spent["p50_ms"] * 1e-3),
         ),
         Row(**common, value=found["peak_bytes"] / 1e6, unit="MB, peak resident"),
     ]

@@ -23,7 +23,8 @@ PEAK_SIZE = 2048  # rows and columns of the matrices whose product is this machi
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """What to run. `kind` is `ours`, `diffusers`, `components` or `peak`; `options` are its keywords.
+    """What to run. `kind` is `ours`, `generator`, `diffusers`, `components` or `peak`; `options` are its
+    keywords.
 
     `started` is the clock (`time.time`) at which the process was asked for; `keep` a file for the pictures.
     """
@@ -134,6 +135,28 @@ def _ours(job: Job) -> tuple[str, Callable[[], dict[str, Any]]]:
     return backend, call
 
 
+def _generator(job: Job) -> tuple[str, Callable[[], dict[str, Any]]]:
+    """A generator of this project with its detector: all probes, then a picture in one step."""
+    from safelight.engine.backends import open_backend
+    from safelight.engine.detect import Detector
+    from safelight.engine.generate import Generator
+
+    options, bundle = dict(job.options), open_bundle(job.bundle)
+    backend = options.pop("backend")
+    runtime = open_backend(backend, bundle, threads=job.threads)
+    probe = replace(bundle.manifest.probe, count=job.probes)
+    detector = Detector(bundle, runtime, probe, early_exit=False, **options)
+    generator = Generator.open(bundle, detector=detector)
+
+    def call() -> dict[str, Any]:
+        made = generator.generate(PROMPT, steps=1, seed=SEED, probe_seed=SEED)
+        if made.image is None:
+            raise RuntimeError(f"{backend}: no picture: {made.image_verdict or made.verdict}")
+        return _verdict(made.verdict)
+
+    return backend, call
+
+
 def _counted(detector: Any, counted: dict[str, Any]) -> dict[str, Any]:
     """The first check, and the FLOP that it took: matrix products, convolutions and attention."""
     from torch.utils.flop_counter import FlopCounterMode
@@ -188,6 +211,7 @@ def _components(job: Job) -> tuple[str, Callable[[], dict[str, Any]]]:
 
 _OPEN: dict[str, Callable[[Job], tuple[str, Callable[[], dict[str, Any]]]]] = {
     "ours": _ours,
+    "generator": _generator,
     "diffusers": _diffusers,
     "components": _components,
 }

@@ -30,7 +30,7 @@ class OvComponents:
 
     def __init__(self, bundle: Bundle, probe: ProbeConfig, prompt: str, *, seed: int) -> None:
         manifest = bundle.manifest
-        if any("unet_one_step" in name for name in manifest.source.weights):
+        if not manifest.source.one_unet:
             raise SafelightError(
                 "the one-step UNet of this bundle is in no component graph; take another bundle"
             )

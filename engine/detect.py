@@ -21,7 +21,7 @@ from safelight.engine.bundle import Bundle, open_bundle
 from safelight.engine.image_probes import ImageProbes
 from safelight.engine.looks import ProbeModel
 from safelight.engine.neighbourhood import Request
-from safelight.engine.probe_model import CheckerKind, open_probe_model
+from safelight.engine.probe_model import CheckerKind, can_share, open_probe_model
 from safelight.engine.tally import Pictures, Tally, resolve
 from safelight.engine.tokenizer import open_tokenizer
 from safelight.errors import SafelightError, ShapeError
@@ -46,6 +46,7 @@ class Detector:
         *,
         steps: int = 1,
         checker: CheckerKind = "image",
+        by_component: bool = False,
         timeout_s: float | None = None,
         early_exit: bool = True,
     ) -> None:
@@ -63,7 +64,13 @@ class Detector:
         self._early_exit = early_exit
         self._tokenizer = open_tokenizer(bundle)
         self._model: ProbeModel = open_probe_model(
-            backend, manifest, probe, self._tokenizer, steps=steps, checker=checker
+            backend,
+            manifest,
+            probe,
+            self._tokenizer,
+            steps=steps,
+            checker=checker,
+            by_component=by_component,
         )
         self.checker = checker
         self._evaluated = self._decoded = 0
@@ -82,6 +89,7 @@ class Detector:
         probe: ProbeConfig | None = None,
         steps: int | None = None,
         checker: CheckerKind = "image",
+        by_component: bool | None = False,
         model: str | Path | None = None,
         threads: int | None = None,
         device: str | None = None,
@@ -97,14 +105,16 @@ class Detector:
         one-step model (CROPS-1), more with the full model in that many steps (CROPS). `checker` says who
         looks at the probes: the `image` checker, by which the bundle was calibrated; the `latent` checker,
         which needs no pictures; or a `cascade`, in which the image checker looks at those of which the latent
-        checker is unsure and on which the vote hangs (the rest keep the latent checker's margins). `model` is
-        the weights folder of the torch backend, `device` (`cpu`, `cuda`, `cuda:N`) where it runs, and
-        `precision` (`float16`, `bfloat16`, `float32`) what its networks compute in on a GPU; `compiled` has
-        torch.compile work on them, and `kernels` is a folder of `safelight kernels build`, with which no
-        kernel is compiled here. A check that takes longer than `timeout_s` seconds is blocked: a service
-        calls `warm_up` before its first one. `early_exit` stops once the vote is decided and never changes
-        it; without it all doubts are resolved. Raises BundleError, BackendUnavailable, and ValueError for
-        settings out of range.
+        checker is unsure and on which the vote hangs (the rest keep the latent checker's margins).
+        `by_component` takes one step by the full model's graphs instead of the detector graph, for a model
+        that is its own one-step model: weights that a generator on the same backend needs too are then in
+        memory once; None does so where that is the case. `model` is the weights folder of the torch backend,
+        `device` (`cpu`, `cuda`, `cuda:N`) where it runs, and `precision` (`float16`, `bfloat16`, `float32`)
+        what its networks compute in on a GPU; `compiled` has torch.compile work on them, and `kernels` is a
+        folder of `safelight kernels build`, with which no kernel is compiled here. A check that takes longer
+        than `timeout_s` seconds is blocked: a service calls `warm_up` before its first one. `early_exit`
+        stops once the vote is decided and never changes it; without it all doubts are resolved. Raises
+        BundleError, BackendUnavailable, and ValueError for settings out of range.
         """
         opened = open_bundle(bundle)
         if steps in (None, 1) and not opened.manifest.distilled:
@@ -131,6 +141,7 @@ class Detector:
             probe or policy,
             steps=1 if steps is None else steps,
             checker=checker,
+            by_component=can_share(runtime, opened.manifest) if by_component is None else by_component,
             timeout_s=timeout_s,
             early_exit=early_exit,
         )

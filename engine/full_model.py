@@ -1,6 +1,9 @@
-"""CROPS: every probe is a whole generation, looked at by a checker. Draws no probe and counts no vote.
+"""Probes drawn by the full model's graphs, each looked at by a checker: in many steps (CROPS), or in one.
 
-Guidance is plain: a detector must draw what it looks for, and redirected guidance leads away from that.
+Many steps are a whole generation. Guidance is plain: a detector must draw what it looks for, and redirected
+guidance leads away from that. One step (CROPS-1) is what a detector graph does, by graphs that a generator
+needs as well: their weights are in memory once where a backend's stages share them. Draws no probe and counts
+no vote.
 """
 
 from collections.abc import Sequence
@@ -18,18 +21,13 @@ from safelight.manifest import Manifest
 from safelight.probe import ProbeConfig
 
 
-class FullModel(ProbeModel):
-    """The full model with a checker behind it, as the model inside a detector."""
+class ComponentModel(ProbeModel):
+    """Text encoder, UNet, decoder and a checker, one after the other, as the model inside a detector. How
+    noise becomes latents is for those who inherit from it.
+    """
 
     def __init__(
-        self,
-        backend: Backend,
-        manifest: Manifest,
-        config: ProbeConfig,
-        tokenizer: PromptTokenizer,
-        *,
-        steps: int,
-        latent: bool = False,
+        self, backend: Backend, manifest: Manifest, config: ProbeConfig, *, latent: bool = False
     ) -> None:
         """`latent` has the latent checker look at the last latents, and makes no pictures."""
         self._sampler = open_sampler(backend, manifest)
@@ -40,9 +38,6 @@ class FullModel(ProbeModel):
             else PictureChecker(backend.stage("safety_checker"), manifest.checker)
         )
         self._neighbourhood = Neighbourhood(manifest, config, self._sampler.text[1])
-        self._free = self._sampler.free(tokenizer)
-        self._trajectory = Trajectory(steps, manifest.guidance_scale, self._sampler.solver)
-        self._sampler.check(self._trajectory)
 
     @property
     def device(self) -> str:
@@ -68,7 +63,13 @@ class FullModel(ProbeModel):
         turned = np.where(drawn.mask[:, None, :, None], turned, hidden[:, None])
         rows = turned.reshape(-1, *turned.shape[2:])
         latents = drawn.latents.reshape(-1, *drawn.latents.shape[2:])
-        return self._sampler.sample(rows, self._free, latents, self._trajectory, deadline=deadline)
+        return self.draw(rows, latents, deadline=deadline)
+
+    def draw(self, hidden: Floats, latents: Floats, *, deadline: float | None) -> Floats:
+        """Prompt embeddings (N, L, D) and unit normals (N, c, h, w) to the last latents (N, c, h, w), scaled,
+        NaN where the embeddings are not finite.
+        """
+        raise NotImplementedError
 
     def embeddings(
         self, requests: Sequence[Request], ids: NDArray[np.int64], *, deadline: float | None
@@ -80,3 +81,42 @@ class FullModel(ProbeModel):
         """Free the stages."""
         self._sampler.close()
         self._checker.close()
+
+
+class FullModel(ComponentModel):
+    """CROPS: the full model, in many steps."""
+
+    def __init__(
+        self,
+        backend: Backend,
+        manifest: Manifest,
+        config: ProbeConfig,
+        tokenizer: PromptTokenizer,
+        *,
+        steps: int,
+        latent: bool = False,
+    ) -> None:
+        """`steps` of the model's own solver; `latent` as for `ComponentModel`."""
+        super().__init__(backend, manifest, config, latent=latent)
+        self._free = self._sampler.free(tokenizer)
+        self._trajectory = Trajectory(steps, manifest.guidance_scale, self._sampler.solver)
+        self._sampler.check(self._trajectory)
+
+    def draw(self, hidden: Floats, latents: Floats, *, deadline: float | None) -> Floats:
+        """See `ComponentModel`."""
+        return self._sampler.sample(hidden, self._free, latents, self._trajectory, deadline=deadline)
+
+
+class OneStepComponents(ComponentModel):
+    """CROPS-1 without the detector graph, for a model whose UNet answers in one step."""
+
+    def __init__(
+        self, backend: Backend, manifest: Manifest, config: ProbeConfig, *, latent: bool = False
+    ) -> None:
+        """Settings as for `ComponentModel`."""
+        super().__init__(backend, manifest, config, latent=latent)
+        self._one_step = manifest.one_step
+
+    def draw(self, hidden: Floats, latents: Floats, *, deadline: float | None) -> Floats:
+        """See `ComponentModel`."""
+        return self._sampler.one_step(hidden, latents, self._one_step, deadline=deadline)

@@ -87,7 +87,8 @@ class Generator:
         kernels: str | Path | None = None,
     ) -> "Generator":
         """Open a bundle on a backend, `onnxruntime` where none is named. Without `detector` one is opened
-        with it, on the same runtime, with the bundle's own settings.
+        with it, on the same runtime, with the bundle's own settings, and on the generator's own graphs where
+        the model is its own one-step model and the backend can share them.
 
         A detector that is given must be of the same bundle, and stays the caller's to close; where no backend
         is named the generator runs on the detector's, and shares what that has loaded. The rest is as for
@@ -108,7 +109,7 @@ class Generator:
             "kernels": None if kernels is None else Path(kernels),
         }
         if detector is None:
-            guard = Detector.open(opened, backend=backend or "onnxruntime", **place)
+            guard = Detector.open(opened, backend=backend or "onnxruntime", by_component=None, **place)
             return cls(opened, guard.backend, guard, owned=True)
         if backend is not None:
             return cls(opened, open_backend(backend, opened, **place), detector, owned=False)

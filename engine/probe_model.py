@@ -1,14 +1,15 @@
 """The model inside a detector: which one it is, by the number of steps and by who looks at the probes.
 
 One step is CROPS-1, more are CROPS; the looking is done by the image checker, by the latent checker, or by
-both in a cascade. Counts no vote.
+both in a cascade. One step is one graph, or one call of each graph of the full model where that shares them
+with a generator. Counts no vote.
 """
 
 from typing import Literal, Protocol, get_args, runtime_checkable
 
 from safelight.engine.backends import Backend
 from safelight.engine.cascade import Cascade
-from safelight.engine.full_model import FullModel
+from safelight.engine.full_model import FullModel, OneStepComponents
 from safelight.engine.looks import ProbeModel
 from safelight.engine.one_step import OneStepModel
 from safelight.engine.tokenizer import PromptTokenizer
@@ -39,6 +40,25 @@ class FullModelBackend(Protocol):
         """The model, with the image checker or with the latent one."""
 
 
+@runtime_checkable
+class SharingBackend(Protocol):
+    """A backend whose stages may hold the weights of a graph together."""
+
+    @property
+    def shares(self) -> bool:
+        """Whether all stages of a graph hold its weights in memory once, and detector graphs compute in
+        nothing finer than the full model's: then a detector and a generator can run the same graphs.
+        """
+
+
+def can_share(backend: Backend, manifest: Manifest) -> bool:
+    """Whether a one-step detector that runs the full model's graphs takes no memory for weights beside a
+    generator on the same backend.
+    """
+    shares = isinstance(backend, SharingBackend) and backend.shares
+    return shares and manifest.distilled and manifest.source.one_unet
+
+
 def open_probe_model(
     backend: Backend,
     manifest: Manifest,
@@ -47,16 +67,23 @@ def open_probe_model(
     *,
     steps: int,
     checker: CheckerKind,
+    by_component: bool = False,
 ) -> ProbeModel:
-    """The model that these settings describe.
+    """The model that these settings describe; `by_component` makes one step by the full model's graphs.
 
     Raises ValueError for an unknown `checker` and for one that the bundle does not hold; for a cascade also
-    where nobody calibrated the band in which it asks the image checker.
+    where nobody calibrated the band in which it asks the image checker; and for `by_component` of a bundle
+    whose one-step UNet is in no graph but the detectors'.
     """
     if checker not in CHECKERS:
         raise ValueError(f"checker must be one of {CHECKERS}; got {checker!r}")
+    if by_component and not manifest.source.one_unet:
+        raise ValueError(
+            "this bundle's one-step UNet is a second one, which the detector graph alone holds; leave "
+            "by_component out"
+        )
     latent = checker != "image"
-    graph = "detector_latent" if steps == 1 else "latent_checker"
+    graph = "detector_latent" if steps == 1 and not by_component else "latent_checker"
     if latent and graph not in manifest.graphs:
         raise ValueError(
             f"checker {checker!r} needs a bundle with a latent checker, and this one has no {graph}; export "
@@ -71,7 +98,9 @@ def open_probe_model(
     if steps == 1 and isinstance(backend, OneStepBackend):
         return backend.one_step(probe, latent=latent, band=band if checker == "cascade" else None)
     model: ProbeModel
-    if steps == 1:
+    if steps == 1 and by_component:
+        model = OneStepComponents(backend, manifest, probe, latent=latent)
+    elif steps == 1:
         model = OneStepModel(backend, manifest, probe, latent=latent)
     elif isinstance(backend, FullModelBackend):
         model = backend.full_model(probe, tokenizer, steps=steps, latent=latent)

@@ -18,7 +18,7 @@ from safelight.engine.tokenizer import PromptTokenizer
 from safelight.errors import ShapeError
 from safelight.kernels import host
 from safelight.manifest import Manifest
-from safelight.schedule import Solver
+from safelight.schedule import OneStep, Solver
 
 Floats = NDArray[np.float32]
 DECODED = 4 * 64 * 64 * 4  # bytes of one channel of the latents that a decoder takes at once
@@ -140,6 +140,26 @@ class Sampler:
         """
         branches = [_each(free, hidden)] if trajectory.guided else []
         return self._walk(hidden, branches, latents, trajectory, None, deadline)[0]
+
+    def one_step(
+        self, hidden: Floats, latents: Floats, step: OneStep, *, deadline: float | None = None
+    ) -> Floats:
+        """Clean latents float32 (N, c, h, w), scaled, by one call without guidance; NaN where `hidden` is not
+        finite.
+
+        hidden (N, L, D); latents (N, c, h, w), unit normals. Raises TimeoutError past the deadline.
+        """
+        self._unet.plan(batch=len(latents))
+        inputs: dict[str, Any] = {
+            "sample": np.float32(step.input_scale) * latents,
+            "timestep": np.asarray(step.timestep, np.float32),
+            "encoder_hidden_states": hidden,
+        }
+        out = self._unet.run(inputs, deadline=deadline)["out_sample"]
+        x0: Floats = np.multiply(latents, np.float32(step.x0_z), dtype=np.float32)
+        x0 += np.float32(step.x0_out) * out
+        x0[~np.isfinite(hidden).all((1, 2))] = np.nan
+        return x0
 
     def sample_safely(
         self,

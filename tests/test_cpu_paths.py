@@ -121,11 +121,27 @@ def test_a_bundle_of_one_unet_has_the_component_peer() -> None:
     }
     source = replace(shapes.manifest.source, weights=weights)
     one = Bundle(shapes.folder, replace(shapes.manifest, source=source))
-    assert "openvino per component" in [path.name for path in paths(one)]
+    names = [path.name for path in paths(one)]
+    assert "openvino per component" in names and "openvino:bf16, generator, one set of weights" in names
     margins, images = OvComponents(one, replace(one.manifest.probe, count=2), "a red circle", seed=1).run()
     assert margins.shape == (2, 17) and images.shape == (2, 3, 64, 64) and np.isfinite(margins).all()
     with pytest.raises(SafelightError, match="in no component graph"):
         OvComponents(shapes, shapes.manifest.probe, "a red circle", seed=1)
+
+
+@needs_weights
+def test_a_generator_has_rows_that_are_held_against_no_detector(
+    tmp_path: Path, calls: list[Job], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = {"backend": "onnxruntime", "by_component": False}
+    path = CpuPath("onnxruntime, generator, detector graph", "generator", options, starts=True)
+    eager = next(paths(open_bundle("shapes")))
+    monkeypatch.setattr(cpu_paths, "paths", lambda bundle: [eager, path])
+    rows = [row for row in bench(tmp_path, "generator") if row.stage != "detect on a processor"]
+    assert {row.stage for row in rows} == {"detect and generate on a processor"} and len(rows) == 4
+    assert {row.provider for row in rows} == {"onnxruntime CPUExecutionProvider, detector graph"}
+    assert rows[0].p50_ms > 0 and rows[0].x_eager is None and rows[0].pct_of_limit is None
+    assert "0 of 2 flags differ, verdict the same" in rows[0].refcheck and rows[0].refcheck_error < 1e-3
 
 
 def test_a_worker_is_a_process_that_prints_one_line(tmp_path: Path) -> None:

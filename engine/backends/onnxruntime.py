@@ -2,7 +2,7 @@
 model.
 
 Outputs are bound to arrays that `plan` allocates, so that `run` allocates none. A run past its deadline is
-stopped between two operators by ONNX Runtime itself.
+stopped between two operators by ONNX Runtime itself. On the processor all stages of a graph run one session.
 """
 
 from collections.abc import Mapping
@@ -16,6 +16,7 @@ from safelight.engine.backends import INT8, Array, Stage, axes_of, check_int8, i
 from safelight.engine.backends.host_outputs import HostOutputs
 from safelight.engine.backends.onnxruntime_device import DeviceStage, run_until
 from safelight.engine.backends.onnxruntime_session import CPU, PROVIDERS, Provider, open_session
+from safelight.engine.backends.opened import Opened
 from safelight.engine.bundle import Bundle
 from safelight.engine.doctor import cores
 from safelight.errors import BundleError
@@ -23,7 +24,9 @@ from safelight.manifest import GraphEntry
 
 
 class OrtStage:
-    """One session on the processor. Safe to call from several threads; those on one lane take turns."""
+    """A session on the processor, which it may share. Safe to call from several threads; those on one lane
+    take turns.
+    """
 
     def __init__(self, session: Any, spec: GraphEntry, lanes: int = 1, *, int8: bool = False) -> None:
         """`int8` says that the session is of the graph's int8 form."""
@@ -82,23 +85,33 @@ class OrtBackend:
         self._provider: Provider = PROVIDERS[variant]
         self._variant = variant
         self._name = f"onnxruntime:{variant}" if variant else "onnxruntime"
+        self._sessions: Opened[Any] = Opened()
+
+    @property
+    def shares(self) -> bool:
+        """See `SharingBackend`."""
+        return self._provider.name == CPU and self._variant != INT8
 
     def stage(self, graph: str) -> Stage:
         """See `Backend`. Raises BackendUnavailable where the provider does not take the graph."""
         spec = self._bundle.manifest.graphs.get(graph)
         if spec is None:
             raise BundleError(f"{self._bundle.folder} has no {graph}; export a bundle that holds it")
-        int8 = int8_of(self._variant, graph)
-        provider, options = self._provider, ort.SessionOptions()
-        lanes = lanes_of(self._bundle.manifest, graph, self._threads) if provider.name == CPU else 1
+        if self._provider.name != CPU:  # what a session on a device captured is its stage's own
+            return DeviceStage(
+                self._session(graph, 1), spec, self._provider.device, graph=self._provider.graph
+            )
+        lanes = lanes_of(self._bundle.manifest, graph, self._threads)
+        session = self._sessions.get(graph, lambda: self._session(graph, lanes))
+        return OrtStage(session, spec, lanes, int8=int8_of(self._variant, graph))
+
+    def _session(self, graph: str, lanes: int) -> Any:
+        options = ort.SessionOptions()
         options.log_severity_level = 3
         options.intra_op_num_threads = max(1, self._threads // lanes)  # they are shared among the lanes
         options.enable_cpu_mem_arena = True
-        path = self._bundle.graph(graph, int8=int8)
-        session = open_session(path, provider, options, backend=self._name)
-        if provider.name == CPU:
-            return OrtStage(session, spec, lanes, int8=int8)
-        return DeviceStage(session, spec, provider.device, graph=provider.graph)
+        path = self._bundle.graph(graph, int8=int8_of(self._variant, graph))
+        return open_session(path, self._provider, options, backend=self._name)
 
 
 def open_backend(bundle: Bundle, *, model: Path | None, threads: int | None, variant: str = "") -> OrtBackend:

@@ -4,7 +4,8 @@ What it compiles is kept in the user's cache, by a key of all that it depends on
 cancelled between two operators by OpenVINO itself. `openvino` computes in float32; `openvino:bf16` computes
 the large graphs in bfloat16 where the processor has it, decided in the graph itself: weights that are stored
 in bfloat16 are mapped and used as they lie, where OpenVINO would make float32 of others first.
-`openvino:int8` runs the int8 form of the graphs that may have one, and all others in float32.
+`openvino:int8` runs the int8 form of the graphs that may have one, and all others in float32. All stages of a
+graph run one compiled form of it, by requests of their own.
 """
 
 import time
@@ -20,6 +21,7 @@ import openvino as ov
 
 from safelight.engine.backends import INT8, Array, Stage, axes_of, check_int8, int8_of, lanes_of
 from safelight.engine.backends.host_outputs import HostOutputs
+from safelight.engine.backends.opened import Opened
 from safelight.engine.bundle import Bundle
 from safelight.engine.compiled_cache import compiled_cache
 from safelight.engine.doctor import cores, cpu_flags, cpu_name
@@ -35,7 +37,9 @@ FORM = 2  # raised when what is kept of a graph is made otherwise
 
 
 class OvStage:
-    """One compiled graph. Safe to call from several threads; those on one lane take turns."""
+    """A compiled graph, which it may share. Safe to call from several threads; those on one lane take
+    turns.
+    """
 
     def __init__(self, compiled: Any, spec: GraphEntry, lanes: int, *, int8: bool = False) -> None:
         """`int8` says that it is the graph's int8 form that was compiled."""
@@ -121,6 +125,12 @@ class OvBackend:
         self._threads = threads or cores()
         self._variant = variant
         self._core = ov.Core()
+        self._graphs: Opened[Any] = Opened()
+
+    @property
+    def shares(self) -> bool:
+        """See `SharingBackend`."""
+        return self._variant != INT8
 
     def stage(self, graph: str) -> Stage:
         """See `Backend`."""
@@ -128,8 +138,12 @@ class OvBackend:
         if spec is None:
             raise BundleError(f"{self._bundle.folder} has no {graph}; export a bundle that holds it")
         lanes = lanes_of(self._bundle.manifest, graph, self._threads)
-        precision = "bf16" if self._variant == "bf16" and graph in REDUCED else "f32"
         int8 = int8_of(self._variant, graph)
+        compiled = self._graphs.get(graph, lambda: self._compiled(graph, lanes, int8=int8))
+        return OvStage(compiled, spec, lanes, int8=int8)
+
+    def _compiled(self, graph: str, lanes: int, *, int8: bool) -> Any:
+        precision = "bf16" if self._variant == "bf16" and graph in REDUCED else "f32"
         settings: dict[str, Any] = {
             "INFERENCE_PRECISION_HINT": precision,
             "INFERENCE_NUM_THREADS": self._threads,
@@ -139,7 +153,7 @@ class OvBackend:
         with own_signal_stack():
             compiled = self._compile(graph, settings, int8=int8)
         _check_device(compiled, precision)
-        return OvStage(compiled, spec, lanes, int8=int8)
+        return compiled
 
     def _compile(self, graph: str, settings: dict[str, Any], *, int8: bool) -> Any:
         parts = self._bundle.manifest.graphs[graph].parts(int8=int8)

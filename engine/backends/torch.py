@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from safelight.engine.backends import Array, Stage, axes_of, key_of, shape_of
+from safelight.engine.backends.opened import Opened
 from safelight.engine.bundle import SHIPPED, Bundle
 from safelight.engine.eager import Preprocessing, load_graph
 from safelight.engine.graphs.backend import GraphBackend
@@ -25,7 +26,7 @@ from safelight.models.shapes import MODEL_FOLDER
 
 
 class TorchStage:
-    """One module. Safe to call from several threads, which take turns."""
+    """A module, which it may share. Safe to call from several threads, which take turns."""
 
     def __init__(self, module: torch.nn.Module, spec: GraphEntry, threads: int | None) -> None:
         self._module = module
@@ -91,6 +92,12 @@ class TorchBackend:
         self._bundle = bundle
         self._model = model
         self._threads = threads
+        self._modules: Opened[torch.nn.Module] = Opened()
+
+    @property
+    def shares(self) -> bool:
+        """See `SharingBackend`."""
+        return True
 
     def stage(self, graph: str) -> Stage:
         """See `Backend`."""
@@ -98,7 +105,8 @@ class TorchBackend:
         if spec is None:
             raise BundleError(f"{self._bundle.folder} has no {graph}; export a bundle that holds it")
         variant = self._bundle.manifest.source.variant
-        return TorchStage(load_graph(ModelFolder.open(self._model, variant), graph), spec, self._threads)
+        module = self._modules.get(graph, lambda: load_graph(ModelFolder.open(self._model, variant), graph))
+        return TorchStage(module, spec, self._threads)
 
 
 def open_backend(

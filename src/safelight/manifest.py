@@ -180,6 +180,11 @@ class Source:
         """The variant of the weights, which stands in their files' names."""
         return "fp16" if any(".fp16" in name for name in self.weights) else None
 
+    @property
+    def one_unet(self) -> bool:
+        """Whether one UNet answers in one step and in many: no one-step student lies beside the full one."""
+        return not any(name.startswith("unet_one_step/") for name in self.weights)
+
 
 @dataclass(frozen=True, slots=True)
 class Tokens:
