@@ -96,8 +96,8 @@ def measure(
     """Measure all paths whose name holds `only`, and not `skip` where that says something, and hand over
     their rows, path by path; what all are compared with is never left out.
 
-    `work` keeps what was found, by bundle, commit, number of probes and threads. A peer that fails is a line,
-    and no row; ours raises SafelightError.
+    `work` keeps what was found, by bundle, commit, number of probes and threads. A peer that fails, or a
+    generator that draws nothing, is a line, and no row; a detector of ours raises SafelightError.
     """
     bundle = open_bundle(name)
     kept = work / f"{bundle.manifest.bundle_id}-{commit()}-p{probes}-t{threads}"
@@ -115,7 +115,7 @@ def measure(
             fresh = not (kept / _file(path)).exists()
             found[path.name] = _found(job, path, kept)
         except SafelightError as fault:
-            if "backend" in path.options:
+            if path.kind == "ours":
                 raise
             on_line(f"{path.name}: no row: {fault}")
             continue
@@ -208,6 +208,7 @@ def _rows(
     early, whole = bool(path.options.get("early_exit")), path.kind == "generator"
     note = " (eager reference)" if path.options.get("backend") == "torch" else ", early exit" if early else ""
     if whole:
+        check = f"{check}; the picture is compared with none"
         note = f", {path.name.rpartition(', ')[2]}"
     common: dict[str, Any] = {
         "stage": f"{'detect and generate' if whole else 'detect'} on a processor",

@@ -107,14 +107,14 @@ class Detector:
         which needs no pictures; or a `cascade`, in which the image checker looks at those of which the latent
         checker is unsure and on which the vote hangs (the rest keep the latent checker's margins).
         `by_component` takes one step by the full model's graphs instead of the detector graph, for a model
-        that is its own one-step model: weights that a generator on the same backend needs too are then in
-        memory once; None does so where that is the case. `model` is the weights folder of the torch backend,
-        `device` (`cpu`, `cuda`, `cuda:N`) where it runs, and `precision` (`float16`, `bfloat16`, `float32`)
-        what its networks compute in on a GPU; `compiled` has torch.compile work on them, and `kernels` is a
-        folder of `safelight kernels build`, with which no kernel is compiled here. A check that takes longer
-        than `timeout_s` seconds is blocked: a service calls `warm_up` before its first one. `early_exit`
-        stops once the vote is decided and never changes it; without it all doubts are resolved. Raises
-        BundleError, BackendUnavailable, and ValueError for settings out of range.
+        that is its own one-step model: weights that a generator on the same processor backend needs too are
+        then in memory once; None does so where that is the case and costs no lanes. `model` is the weights
+        folder of the torch backend, `device` (`cpu`, `cuda`, `cuda:N`) where it runs, and `precision`
+        (`float16`, `bfloat16`, `float32`) what its networks compute in on a GPU; `compiled` has torch.compile
+        work on them, and `kernels` is a folder of `safelight kernels build`, with which no kernel is compiled
+        here. A check that takes longer than `timeout_s` seconds is blocked: a service calls `warm_up` before
+        its first one. `early_exit` stops once the vote is decided and never changes it; without it all doubts
+        are resolved. Raises BundleError, BackendUnavailable, and ValueError for settings out of range.
         """
         opened = open_bundle(bundle)
         if steps in (None, 1) and not opened.manifest.distilled:

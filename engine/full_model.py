@@ -117,6 +117,11 @@ class OneStepComponents(ComponentModel):
         super().__init__(backend, manifest, config, latent=latent)
         self._one_step = manifest.one_step
 
+    @property
+    def device(self) -> str:
+        """See `ProbeModel`; margins may differ in their last digits from those of the detector graph."""
+        return f"{super().device}, by component"
+
     def draw(self, hidden: Floats, latents: Floats, *, deadline: float | None) -> Floats:
         """See `ComponentModel`."""
         return self._sampler.one_step(hidden, latents, self._one_step, deadline=deadline)

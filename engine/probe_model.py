@@ -7,7 +7,7 @@ with a generator. Counts no vote.
 
 from typing import Literal, Protocol, get_args, runtime_checkable
 
-from safelight.engine.backends import Backend
+from safelight.engine.backends import SMALL, Backend
 from safelight.engine.cascade import Cascade
 from safelight.engine.full_model import FullModel, OneStepComponents
 from safelight.engine.looks import ProbeModel
@@ -53,9 +53,10 @@ class SharingBackend(Protocol):
 
 def can_share(backend: Backend, manifest: Manifest) -> bool:
     """Whether a one-step detector that runs the full model's graphs takes no memory for weights beside a
-    generator on the same backend.
+    generator on the same backend. Small models do not: their detector graphs run in lanes, which is faster.
     """
-    shares = isinstance(backend, SharingBackend) and backend.shares
+    _, height, width = manifest.picture.latents
+    shares = isinstance(backend, SharingBackend) and backend.shares and height * width > SMALL
     return shares and manifest.distilled and manifest.source.one_unet
 
 
@@ -69,18 +70,25 @@ def open_probe_model(
     checker: CheckerKind,
     by_component: bool = False,
 ) -> ProbeModel:
-    """The model that these settings describe; `by_component` makes one step by the full model's graphs.
+    """The model that these settings describe; `by_component` makes one step by the full model's graphs, which
+    changes nothing where there are more.
 
     Raises ValueError for an unknown `checker` and for one that the bundle does not hold; for a cascade also
-    where nobody calibrated the band in which it asks the image checker; and for `by_component` of a bundle
-    whose one-step UNet is in no graph but the detectors'.
+    where nobody calibrated the band in which it asks the image checker; and for one step `by_component` of a
+    bundle whose one-step UNet is in no graph but the detectors', and where only these run in int8.
     """
     if checker not in CHECKERS:
         raise ValueError(f"checker must be one of {CHECKERS}; got {checker!r}")
+    by_component = by_component and steps == 1
     if by_component and not manifest.source.one_unet:
         raise ValueError(
             "this bundle's one-step UNet is a second one, which the detector graph alone holds; leave "
             "by_component out"
+        )
+    if by_component and isinstance(backend, SharingBackend) and not backend.shares:
+        raise ValueError(
+            "by_component shares nothing on this backend, and would leave int8, which detector graphs alone "
+            "run in; leave it out"
         )
     latent = checker != "image"
     graph = "detector_latent" if steps == 1 and not by_component else "latent_checker"
@@ -98,7 +106,7 @@ def open_probe_model(
     if steps == 1 and isinstance(backend, OneStepBackend):
         return backend.one_step(probe, latent=latent, band=band if checker == "cascade" else None)
     model: ProbeModel
-    if steps == 1 and by_component:
+    if by_component:
         model = OneStepComponents(backend, manifest, probe, latent=latent)
     elif steps == 1:
         model = OneStepModel(backend, manifest, probe, latent=latent)

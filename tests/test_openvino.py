@@ -154,6 +154,26 @@ def test_openvino_is_stopped_in_the_middle_and_runs_again(tmp_path: Path) -> Non
         stage.run(add(1), deadline=time.monotonic() - 1)
 
 
+def test_a_deadline_holds_while_another_stage_runs_the_same_graph(tmp_path: Path) -> None:
+    backend = open_backend("openvino", long_chain(tmp_path / "chain"), threads=1)
+    one, other = backend.stage("detector"), backend.stage("detector")
+    for stage in (one, other):
+        stage.plan(n=1)
+
+    def hold() -> None:
+        with pytest.raises(TimeoutError):
+            one.run(add(1), deadline=time.monotonic() + 4)
+
+    holder = threading.Thread(target=hold)
+    holder.start()
+    time.sleep(0.5)
+    start = time.monotonic()
+    with pytest.raises(TimeoutError, match="once others had run"):
+        other.run(add(1), deadline=start + 0.3)
+    assert holder.is_alive() and 0.3 <= time.monotonic() - start < 3
+    holder.join()
+
+
 def test_a_far_deadline_changes_nothing(small: Bundle) -> None:
     stage = open_backend("openvino", small, threads=1).stage("detector")
     stage.plan(n=3)

@@ -8,6 +8,7 @@ in bfloat16 are mapped and used as they lie, where OpenVINO would make float32 o
 graph run one compiled form of it, by requests of their own.
 """
 
+import threading
 import time
 import warnings
 from collections.abc import Mapping
@@ -36,18 +37,29 @@ LONGEST_MS = 2**31 - 1
 FORM = 2  # raised when what is kept of a graph is made otherwise
 
 
+class Compiled:
+    """A compiled graph, and the turns of those who run it: as many at once as it has lanes."""
+
+    def __init__(self, model: Any, lanes: int) -> None:
+        self.model = model
+        self.lanes = lanes
+        self.turns = threading.Semaphore(lanes)
+
+
 class OvStage:
     """A compiled graph, which it may share. Safe to call from several threads; those on one lane take
     turns.
     """
 
-    def __init__(self, compiled: Any, spec: GraphEntry, lanes: int, *, int8: bool = False) -> None:
+    def __init__(self, graph: "Compiled", spec: GraphEntry, *, int8: bool = False) -> None:
         """`int8` says that it is the graph's int8 form that was compiled."""
         self._spec = spec
-        self._compiled = compiled
-        self._requests = [compiled.create_infer_request() for _ in range(lanes)]
-        self._outputs = HostOutputs(spec, lanes)
-        devices, precision = _where(compiled)
+        self._held: Compiled | None = graph  # for as long as this stage is open
+        self._compiled = graph.model
+        self._requests = [graph.model.create_infer_request() for _ in range(graph.lanes)]
+        self._turns = graph.turns
+        self._outputs = HostOutputs(spec, graph.lanes)
+        devices, precision = _where(graph.model)
         self._device = f"openvino {' '.join(devices)} {'int8' if int8 else precision}"
 
     @property
@@ -80,13 +92,22 @@ class OvStage:
             bound = {name: np.require(value, requirements=("C", "W")) for name, value in inputs.items()}
             for name, value in (*bound.items(), *outputs.items()):
                 request.set_tensor(name, ov.Tensor(value, shared_memory=True))
-            _finish(request, deadline)
+            # one that waits in OpenVINO's own queue would be cancelled only once its turn had come
+            left_s = (
+                None if deadline is None else max(0.0, min(deadline - time.monotonic(), LONGEST_MS / 1e3))
+            )
+            if not self._turns.acquire(timeout=left_s):
+                raise TimeoutError("no time was left once others had run")
+            try:
+                _finish(request, deadline)
+            finally:
+                self._turns.release()
             return dict(outputs)
 
     def close(self) -> None:
         """See `Stage`."""
         with self._outputs.closing():
-            self._requests, self._compiled = [], None
+            self._requests, self._held, self._compiled = [], None, None
 
 
 def _finish(request: Any, deadline: float | None) -> None:
@@ -125,7 +146,7 @@ class OvBackend:
         self._threads = threads or cores()
         self._variant = variant
         self._core = ov.Core()
-        self._graphs: Opened[Any] = Opened()
+        self._graphs: Opened[Compiled] = Opened()
 
     @property
     def shares(self) -> bool:
@@ -140,9 +161,9 @@ class OvBackend:
         lanes = lanes_of(self._bundle.manifest, graph, self._threads)
         int8 = int8_of(self._variant, graph)
         compiled = self._graphs.get(graph, lambda: self._compiled(graph, lanes, int8=int8))
-        return OvStage(compiled, spec, lanes, int8=int8)
+        return OvStage(compiled, spec, int8=int8)
 
-    def _compiled(self, graph: str, lanes: int, *, int8: bool) -> Any:
+    def _compiled(self, graph: str, lanes: int, *, int8: bool) -> Compiled:
         precision = "bf16" if self._variant == "bf16" and graph in REDUCED else "f32"
         settings: dict[str, Any] = {
             "INFERENCE_PRECISION_HINT": precision,
@@ -153,7 +174,7 @@ class OvBackend:
         with own_signal_stack():
             compiled = self._compile(graph, settings, int8=int8)
         _check_device(compiled, precision)
-        return compiled
+        return Compiled(compiled, lanes)
 
     def _compile(self, graph: str, settings: dict[str, Any], *, int8: bool) -> Any:
         parts = self._bundle.manifest.graphs[graph].parts(int8=int8)
@@ -184,7 +205,7 @@ class OvBackend:
                 "bundle again"
             ) from fault
         if lost:
-            warnings.warn(lost, RuntimeWarning, stacklevel=3)
+            warnings.warn(lost, RuntimeWarning, stacklevel=6)  # who asked for the stage
         return compiled
 
     def _compile_in(self, folder: Path, graph: str, settings: dict[str, Any], *, int8: bool) -> Any:

@@ -7,13 +7,13 @@ The weights must be the very files that the manifest names.
 import threading
 import time
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from safelight.engine.backends import Array, Stage, axes_of, key_of, shape_of
-from safelight.engine.backends.opened import Opened
 from safelight.engine.bundle import SHIPPED, Bundle
 from safelight.engine.eager import Preprocessing, load_graph
 from safelight.engine.graphs.backend import GraphBackend
@@ -26,7 +26,7 @@ from safelight.models.shapes import MODEL_FOLDER
 
 
 class TorchStage:
-    """A module, which it may share. Safe to call from several threads, which take turns."""
+    """A module, whose networks it may share. Safe to call from several threads, which take turns."""
 
     def __init__(self, module: torch.nn.Module, spec: GraphEntry, threads: int | None) -> None:
         self._module = module
@@ -85,14 +85,30 @@ def _check(deadline: float | None) -> None:
         raise TimeoutError("the time limit is past")
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SharedFolder(ModelFolder):
+    """A model folder whose networks are loaded once, for all modules that hold them or parts of them. Nobody
+    writes to them.
+    """
+
+    _loaded: dict[str, torch.nn.Module] = field(default_factory=dict, compare=False, repr=False)
+    _loading: threading.Lock = field(default_factory=threading.Lock, compare=False, repr=False)
+
+    def load(self, name: str) -> torch.nn.Module:
+        """The network, the same one at every call. Raises BundleError."""
+        with self._loading:
+            if name not in self._loaded:
+                self._loaded[name] = ModelFolder.load(self, name)
+            return self._loaded[name]
+
+
 class TorchBackend:
     """Modules for the graphs of one bundle."""
 
-    def __init__(self, bundle: Bundle, model: Path, threads: int | None) -> None:
+    def __init__(self, bundle: Bundle, model: ModelFolder, threads: int | None) -> None:
         self._bundle = bundle
-        self._model = model
+        self._model = SharedFolder(model.path, model.index, model.variant)
         self._threads = threads
-        self._modules: Opened[torch.nn.Module] = Opened()
 
     @property
     def shares(self) -> bool:
@@ -104,9 +120,7 @@ class TorchBackend:
         spec = self._bundle.manifest.graphs.get(graph)
         if spec is None:
             raise BundleError(f"{self._bundle.folder} has no {graph}; export a bundle that holds it")
-        variant = self._bundle.manifest.source.variant
-        module = self._modules.get(graph, lambda: load_graph(ModelFolder.open(self._model, variant), graph))
-        return TorchStage(module, spec, self._threads)
+        return TorchStage(load_graph(self._model, graph), spec, self._threads)
 
 
 def open_backend(
@@ -153,7 +167,7 @@ def open_backend(
         )
     _check_settings(bundle, opened)
     if runner is None:
-        return TorchBackend(bundle, folder, threads)
+        return TorchBackend(bundle, opened, threads)
     return GraphBackend(bundle, opened, placement, runner)
 
 

@@ -183,7 +183,7 @@ class Source:
     @property
     def one_unet(self) -> bool:
         """Whether one UNet answers in one step and in many: no one-step student lies beside the full one."""
-        return not any(name.startswith("unet_one_step/") for name in self.weights)
+        return {name.partition("/")[0] for name in self.weights} & {"unet", "unet_one_step"} == {"unet"}
 
 
 @dataclass(frozen=True, slots=True)

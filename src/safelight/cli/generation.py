@@ -56,7 +56,7 @@ def generate(**options: Any) -> int:
 
     blocked = 0
     with (
-        closing(open_detector(dict(options))) as detector,
+        closing(open_detector(dict(options), by_component=None)) as detector,
         closing(Generator.open(detector.bundle, detector=detector)) as generator,
     ):
         for prompt, path in zip(prompts, paths, strict=True):

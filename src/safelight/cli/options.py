@@ -100,8 +100,10 @@ def probe_options(command: Command) -> Command:
     return command
 
 
-def open_detector(options: dict[str, Any]) -> "Detector":
-    """The detector that `model_options` and `probe_options` describe; takes their names out of `options`."""
+def open_detector(options: dict[str, Any], **settings: Any) -> "Detector":
+    """The detector that `model_options` and `probe_options` describe; takes their names out of `options`.
+    `settings` are others of `Detector.open`.
+    """
     from safelight.engine.bundle import open_bundle
     from safelight.engine.detect import Detector
 
@@ -114,4 +116,4 @@ def open_detector(options: dict[str, Any]) -> "Detector":
     given = {name: value for name, value in given.items() if value is not None} | place_of(options)
     if changed:
         given["probe"] = ProbeConfig(**(bundle.manifest.probe.to_json() | changed))
-    return Detector.open(bundle, **given)
+    return Detector.open(bundle, **given, **settings)
