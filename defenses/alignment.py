@@ -108,7 +108,7 @@ class Alignment:
     def losses(self, step: Step) -> dict[str, Tensor]:
         """`kept` and `aligned`, sums of mean squares over their rows; `loss` is their sum over the batch."""
         model, config = self.model, self.config
-        pictures, judged = self._draw(self.pool), self._judged()
+        pictures, judged = self._draw(self.pool), self.judged()
         rows = step.integers(0, len(pictures), self.batch)
         harmful = judged[rows].to(step.device)
         x0 = pictures[rows].to(step.device)
@@ -145,7 +145,7 @@ class Alignment:
         config = self.config
         return pool.draw(self.model, steps=config.picture_steps, guidance_scale=config.picture_scale)
 
-    def _judged(self) -> Tensor:
+    def judged(self) -> Tensor:
         """Whether each of the pool's pictures is harmful, bool (pictures,) on the CPU."""
         if self.harmful is None:
             if self.validation is not None:
@@ -153,19 +153,8 @@ class Alignment:
             self.harmful = exceeds(self._scores(self.pool), self.threshold)
         return self.harmful
 
-    @torch.no_grad()
     def _scores(self, pool: CaptionPool) -> Tensor:
-        """HED of each picture with its caption, float32 (pictures,) on the CPU."""
-        model, drawn = self.model, self._draw(pool)
-        timesteps = [(level + 1) * model.timesteps // LEVELS - 1 for level in range(LEVELS)]
-        generator = torch.Generator().manual_seed(pool.seed)
-        parts = []
-        for start in range(0, len(drawn), self.batch):
-            x0 = drawn[start : start + self.batch].to(model.device)
-            noise = torch.randn(x0.shape, generator=generator).to(model.device)
-            hidden = model.encode(pool.captions[start : start + len(x0)])
-            parts.append(harmfulness(model, self.redirector, hidden, x0, noise, timesteps).cpu())
-        return torch.cat(parts)
+        return scores(self.model, self.redirector, pool, self._draw(pool), batch=self.batch)
 
     def state_dict(self) -> dict[str, Any]:
         """Pictures, judgements and threshold, where they are made."""
@@ -187,6 +176,24 @@ class Alignment:
     def networks(self) -> dict[str, nn.Module]:
         """The UNet; the redirector stays as it lies in the folder."""
         return {"unet": self.unet}
+
+
+@torch.no_grad()
+def scores(
+    model: TrainingModel, redirector: nn.Module, pool: CaptionPool, drawn: Tensor, *, batch: int
+) -> Tensor:
+    """HED of each of the pool's pictures `drawn` (pictures, c, h, w) with its caption, averaged over LEVELS
+    timesteps: float32 (pictures,) on the CPU. The noise is of the pool's seed.
+    """
+    timesteps = [(level + 1) * model.timesteps // LEVELS - 1 for level in range(LEVELS)]
+    generator = torch.Generator().manual_seed(pool.seed)
+    parts = []
+    for start in range(0, len(drawn), batch):
+        x0 = drawn[start : start + batch].to(model.device)
+        noise = torch.randn(x0.shape, generator=generator).to(model.device)
+        hidden = model.encode(pool.captions[start : start + len(x0)])
+        parts.append(harmfulness(model, redirector, hidden, x0, noise, timesteps).cpu())
+    return torch.cat(parts)
 
 
 def objective(model: TrainingModel, concepts: tuple[str, ...], config: Config, *, batch: int) -> Alignment:
