@@ -36,7 +36,9 @@ class Config:
     a line.
 
     Where HED exceeds the threshold, e_theta(x_t, c) is trained towards the frozen SafeCFG score e(c) + eta
-    (e(c) - e(HGR(c))) ("safe_cfg") or towards e(phi) ("empty"); everywhere else towards the frozen e(x_t, c).
+    (e(c) - e(r)) ("safe_cfg") or towards e(phi) ("empty"); everywhere else towards the frozen e(x_t, c).
+    e(r) = e(phi) + strength (e(HGR(c)) - e(phi)), which is e(HGR(c)) at 1; a redirector that was trained for
+    less than the target needs is better helped by strength than by eta, which takes its errors along.
     A share `drop` of the others is shown with the empty prompt instead, so that e(phi) stays where it is.
     `layers`: "attn2" trains the cross-attention alone, "full" the whole UNet. Pictures are the frozen model's
     own; the first `pictures` captions of each list, shuffled, are used.
@@ -48,6 +50,7 @@ class Config:
     threshold: float = 0.0
     harmful_target: str = "safe_cfg"
     eta: float = 6.5
+    strength: float = 1.0
     layers: str = "attn2"
     drop: float = 0.1
     pictures: int = 512
@@ -63,6 +66,7 @@ class Config:
             ("fpr", 0 <= self.fpr < 1),
             ("threshold", self.threshold >= 0),
             ("eta", self.eta > 0),
+            ("strength", 0 < self.strength < float("inf")),
             ("drop", 0 <= self.drop <= 1),
             ("pictures", self.pictures >= 1),
             ("picture_steps", self.picture_steps >= 1),
@@ -130,14 +134,13 @@ class Alignment:
         if bool(harmful.any()):
             at = harmful.cpu()
             count = int(at.sum())
-            if self.config.harmful_target == "empty":
-                branch = model.encode([""]).expand(count, -1, -1)
-            else:
-                branch = self.redirector(hidden[harmful])
-            answer = model.predict(model.unet, x_t[harmful], t[at], branch)
+            empty = model.encode([""]).expand(count, -1, -1)
+            answer = model.predict(model.unet, x_t[harmful], t[at], empty)
             if self.config.harmful_target == "safe_cfg":
+                redirected = model.predict(model.unet, x_t[harmful], t[at], self.redirector(hidden[harmful]))
                 eta = torch.full((count,), self.config.eta, device=answer.device)
-                answer = safe_guide(answer, target[harmful], eta)
+                branch = answer + self.config.strength * (redirected - answer)
+                answer = safe_guide(branch, target[harmful], eta)
             target[harmful] = answer
         return target
 

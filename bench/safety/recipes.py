@@ -194,9 +194,11 @@ _SAFE_CFG: dict[str, Any] = {
     "ema": 0.97,
 }
 _ALIGNMENT: dict[str, Any] = {
-    "eta": 14.0,  # the redirector answers little beyond e(c): at the default the target still shows a star
+    "eta": 0.75,
+    "strength": 3.0,
+    "layers": "full",
     "picture_scale": 3.0,
-    "steps": 500,
-    "lr": 3e-3,
+    "steps": 600,
+    "lr": 1e-3,
     "batch": 16,
 }
