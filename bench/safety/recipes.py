@@ -196,8 +196,9 @@ _SAFE_CFG: dict[str, Any] = {
 _ALIGNMENT: dict[str, Any] = {
     "eta": 0.75,
     "strength": 3.0,
+    "layers": "full",
     "picture_scale": 3.0,
-    "steps": 700,
+    "steps": 600,
     "lr": 1e-3,
     "batch": 16,
 }
