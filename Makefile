@@ -59,7 +59,8 @@ kernels: $(VENV)/dev.stamp
 	PYTHONPATH=.dev $(BIN)/python -P -m safelight.bench.kernel_facts --folder out/kernels
 
 EVALUATED = sdd safegen dark_miner safe_cfg latent_checker
-ERASED = sdd safegen safegen_paper dark_miner safe_cfg
+ERASED = sdd safegen safegen_paper dark_miner safe_cfg alignment
+ERASED_TWO = sdd_two safe_cfg_two sdd_two_poster sdd_two_released
 # from the checkout: weights of model and judge are in no wheel
 evaluate: $(VENV)/dev.stamp
 	$(BIN)/python tools/devlinks.py
@@ -71,8 +72,9 @@ evaluate: $(VENV)/dev.stamp
 	PYTHONPATH=.dev $(BIN)/python -P -m safelight.bench.safety.erasure --count 300 --redirected safe_cfg \
 	  --models $(foreach name,$(ERASED),$(name)=out/evaluate/models/$(name)) --out bench/results/erasure.csv
 	PYTHONPATH=.dev $(BIN)/python -P -m safelight.bench.safety.erasure --count 300 --redirected safe_cfg_two \
-	  --models $(foreach name,sdd_two safe_cfg_two,$(name)=out/evaluate/models/$(name)) \
+	  --models $(foreach name,$(ERASED_TWO),$(name)=out/evaluate/models/$(name)) \
 	  --kinds star heart --out bench/results/erasure.csv
+	PYTHONPATH=.dev $(BIN)/python -P -m safelight.bench.safety.signal --out bench/results/signal.csv
 
 wheel: $(VENV)/dev.stamp
 	rm -rf dist

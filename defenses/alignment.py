@@ -36,7 +36,9 @@ class Config:
     a line.
 
     Where HED exceeds the threshold, e_theta(x_t, c) is trained towards the frozen SafeCFG score e(c) + eta
-    (e(c) - e(HGR(c))) ("safe_cfg") or towards e(phi) ("empty"); everywhere else towards the frozen e(x_t, c).
+    (e(c) - e(r)) ("safe_cfg") or towards e(phi) ("empty"); everywhere else towards the frozen e(x_t, c).
+    e(r) = e(phi) + strength (e(HGR(c)) - e(phi)), which is e(HGR(c)) at 1; a redirector that was trained for
+    less than the target needs is better helped by strength than by eta, which takes its errors along.
     A share `drop` of the others is shown with the empty prompt instead, so that e(phi) stays where it is.
     `layers`: "attn2" trains the cross-attention alone, "full" the whole UNet. Pictures are the frozen model's
     own; the first `pictures` captions of each list, shuffled, are used.
@@ -48,6 +50,7 @@ class Config:
     threshold: float = 0.0
     harmful_target: str = "safe_cfg"
     eta: float = 6.5
+    strength: float = 1.0
     layers: str = "attn2"
     drop: float = 0.1
     pictures: int = 512
@@ -63,6 +66,7 @@ class Config:
             ("fpr", 0 <= self.fpr < 1),
             ("threshold", self.threshold >= 0),
             ("eta", self.eta > 0),
+            ("strength", 0 < self.strength < float("inf")),
             ("drop", 0 <= self.drop <= 1),
             ("pictures", self.pictures >= 1),
             ("picture_steps", self.picture_steps >= 1),
@@ -108,7 +112,7 @@ class Alignment:
     def losses(self, step: Step) -> dict[str, Tensor]:
         """`kept` and `aligned`, sums of mean squares over their rows; `loss` is their sum over the batch."""
         model, config = self.model, self.config
-        pictures, judged = self._draw(self.pool), self._judged()
+        pictures, judged = self._draw(self.pool), self.judged()
         rows = step.integers(0, len(pictures), self.batch)
         harmful = judged[rows].to(step.device)
         x0 = pictures[rows].to(step.device)
@@ -130,14 +134,13 @@ class Alignment:
         if bool(harmful.any()):
             at = harmful.cpu()
             count = int(at.sum())
-            if self.config.harmful_target == "empty":
-                branch = model.encode([""]).expand(count, -1, -1)
-            else:
-                branch = self.redirector(hidden[harmful])
-            answer = model.predict(model.unet, x_t[harmful], t[at], branch)
+            empty = model.encode([""]).expand(count, -1, -1)
+            answer = model.predict(model.unet, x_t[harmful], t[at], empty)
             if self.config.harmful_target == "safe_cfg":
+                redirected = model.predict(model.unet, x_t[harmful], t[at], self.redirector(hidden[harmful]))
                 eta = torch.full((count,), self.config.eta, device=answer.device)
-                answer = safe_guide(answer, target[harmful], eta)
+                branch = answer + self.config.strength * (redirected - answer)
+                answer = safe_guide(branch, target[harmful], eta)
             target[harmful] = answer
         return target
 
@@ -145,7 +148,7 @@ class Alignment:
         config = self.config
         return pool.draw(self.model, steps=config.picture_steps, guidance_scale=config.picture_scale)
 
-    def _judged(self) -> Tensor:
+    def judged(self) -> Tensor:
         """Whether each of the pool's pictures is harmful, bool (pictures,) on the CPU."""
         if self.harmful is None:
             if self.validation is not None:
@@ -153,19 +156,8 @@ class Alignment:
             self.harmful = exceeds(self._scores(self.pool), self.threshold)
         return self.harmful
 
-    @torch.no_grad()
     def _scores(self, pool: CaptionPool) -> Tensor:
-        """HED of each picture with its caption, float32 (pictures,) on the CPU."""
-        model, drawn = self.model, self._draw(pool)
-        timesteps = [(level + 1) * model.timesteps // LEVELS - 1 for level in range(LEVELS)]
-        generator = torch.Generator().manual_seed(pool.seed)
-        parts = []
-        for start in range(0, len(drawn), self.batch):
-            x0 = drawn[start : start + self.batch].to(model.device)
-            noise = torch.randn(x0.shape, generator=generator).to(model.device)
-            hidden = model.encode(pool.captions[start : start + len(x0)])
-            parts.append(harmfulness(model, self.redirector, hidden, x0, noise, timesteps).cpu())
-        return torch.cat(parts)
+        return scores(self.model, self.redirector, pool, self._draw(pool), batch=self.batch)
 
     def state_dict(self) -> dict[str, Any]:
         """Pictures, judgements and threshold, where they are made."""
@@ -187,6 +179,24 @@ class Alignment:
     def networks(self) -> dict[str, nn.Module]:
         """The UNet; the redirector stays as it lies in the folder."""
         return {"unet": self.unet}
+
+
+@torch.no_grad()
+def scores(
+    model: TrainingModel, redirector: nn.Module, pool: CaptionPool, drawn: Tensor, *, batch: int
+) -> Tensor:
+    """HED of each of the pool's pictures `drawn` (pictures, c, h, w) with its caption, averaged over LEVELS
+    timesteps: float32 (pictures,) on the CPU. The noise is of the pool's seed.
+    """
+    timesteps = [(level + 1) * model.timesteps // LEVELS - 1 for level in range(LEVELS)]
+    generator = torch.Generator().manual_seed(pool.seed)
+    parts = []
+    for start in range(0, len(drawn), batch):
+        x0 = drawn[start : start + batch].to(model.device)
+        noise = torch.randn(x0.shape, generator=generator).to(model.device)
+        hidden = model.encode(pool.captions[start : start + len(x0)])
+        parts.append(harmfulness(model, redirector, hidden, x0, noise, timesteps).cpu())
+    return torch.cat(parts)
 
 
 def objective(model: TrainingModel, concepts: tuple[str, ...], config: Config, *, batch: int) -> Alignment:

@@ -365,16 +365,17 @@ def test_alignment_keeps_what_lies_below_the_threshold_and_moves_what_lies_above
         assert float(losses["aligned"].detach()) > 1e-6 and float(losses["kept"].detach()) == 0
 
 
-@pytest.mark.parametrize("target", ["safe_cfg", "empty"])
-def test_the_target_of_alignment_is_by_row(guarded, case, target):
+@pytest.mark.parametrize("target, strength", [("safe_cfg", 1.0), ("safe_cfg", 3.0), ("empty", 1.0)])
+def test_the_target_of_alignment_is_by_row(guarded, case, target, strength):
     x_t, t = case[:2]
-    made = alignment(guarded, threshold=1.0, harmful_target=target, eta=2.0)
+    made = alignment(guarded, threshold=1.0, harmful_target=target, eta=2.0, strength=strength)
     model, hidden = made.model, made.model.encode(["a star", "a circle", "a star"])
     found = made._targets(x_t, t, hidden, torch.tensor([True, False, True]))
     with torch.no_grad():
         plain = model.predict(model.unet, x_t, t, hidden)
         branch = model.predict(model.unet, x_t, t, made.redirector(hidden))
         free = model.predict(model.unet, x_t, t, model.encode([""]).expand(3, -1, -1))
+    branch = free + strength * (branch - free)
     harmful = free if target == "empty" else 3.0 * plain - 2.0 * branch
     torch.testing.assert_close(found[1], plain[1], **NEAR)
     torch.testing.assert_close(found[::2], harmful[::2], **NEAR)

@@ -15,10 +15,13 @@ from safelight.bench.safety.recipes import (
 )
 from safelight.bench.safety.system import DEFENDED
 from safelight.bench.safety.train import train_models, train_one
+from safelight.defenses import sdd
 from safelight.defenses.run import recipe
-from safelight.defenses.training_model import read_record
+from safelight.defenses.training_model import TrainingModel, read_record
 from safelight.errors import SafelightError
 from safelight.models.shapes.captions import HELD_OUT_FORMS, split_of
+
+MODEL = Path(__file__).resolve().parents[1] / "models/shapes/model"  # the weights, which no wheel holds
 
 
 def test_every_row_has_its_training_and_its_settings_exist() -> None:
@@ -27,6 +30,14 @@ def test_every_row_has_its_training_and_its_settings_exist() -> None:
     for training in found.values():
         if training.method != LATENT_CHECKER:
             recipe(training.method, training.concepts, training.settings)
+
+
+@pytest.mark.parametrize("roles", ["poster", "released"])
+def test_joined_concepts_of_the_published_roles_fit_the_window_of_the_shipped_model(roles: str) -> None:
+    training = recipes()[f"sdd_two_{roles}"]
+    asked = recipe(training.method, training.concepts, training.settings)
+    made = sdd.objective(TrainingModel.open(MODEL), asked.concepts, asked.config, batch=2)
+    assert made.config.roles == roles and len(made.texts) >= 5 and len(made.alone) == len(training.concepts)
 
 
 def test_nothing_that_is_held_out_reaches_a_defender() -> None:

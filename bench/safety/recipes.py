@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
 
-from safelight.models.shapes.captions import HELD_OUT_FORMS, SURFACE_FORMS, stream
+from safelight.models.shapes.captions import HELD_OUT_FORMS, SURFACE_FORMS, Captioned, stream
 from safelight.models.shapes.scene import RESTRICTED
 
 STARS = tuple(form for form in SURFACE_FORMS[RESTRICTED] if form not in HELD_OUT_FORMS)
@@ -42,6 +42,14 @@ def clean_captions(count: int, *kinds: str, seed: int = 0) -> tuple[str, ...]:
     items = stream("train", seed, held_out=False)
     fit = (item for item in items if not refused & {shape.kind for shape in item.scene.shapes})
     return tuple(islice((item.caption for item in fit), count))
+
+
+def unlabelled(count: int, seed: int = 1) -> tuple[Captioned, ...]:
+    """Captions of the training split, half of them as they come and half with a star first, some of either
+    respelt; whoever trains on them is given the text alone.
+    """
+    some = islice(stream("train", seed, held_out=False), count - count // 2)
+    return (*some, *islice(stream("train", seed + 1, kind=RESTRICTED, held_out=False), count // 2))
 
 
 def templates(kind: str, count: int, seed: int = 0) -> tuple[str, ...]:
@@ -100,6 +108,25 @@ def recipes() -> dict[str, Training]:
                 "steps": 500,
             },
         ),
+        "alignment": Training(  # of the shipped model, whose redirector is that of safe_cfg
+            "safe_cfg_alignment",
+            settings=_ALIGNMENT
+            | {
+                "captions": tuple(item.caption for item in unlabelled(2000)),
+                "clean": clean_captions(1000, seed=2),
+            },
+        ),
+        **{
+            f"sdd_two_{roles}": Training(  # the authors' roles, whose joined concepts must fit the window
+                "sdd",
+                concepts=(*STARS, *hearts),
+                settings=_SDD
+                | {"prompts": tuple(text for text in both if len(text.split()) <= 3), "roles": roles}
+                | {"keep": clean_forms(RESTRICTED, "heart")}
+                | {"keep_weight": 0.5, "lr": 4e-3, "steps": 1600},
+            )
+            for roles in ("poster", "released")
+        },
     }
 
 
@@ -165,4 +192,13 @@ _SAFE_CFG: dict[str, Any] = {
     "batch": 16,
     "warmup": 20,
     "ema": 0.97,
+}
+_ALIGNMENT: dict[str, Any] = {
+    "eta": 0.75,
+    "strength": 3.0,
+    "layers": "full",
+    "picture_scale": 3.0,
+    "steps": 600,
+    "lr": 1e-3,
+    "batch": 16,
 }
