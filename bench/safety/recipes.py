@@ -58,6 +58,23 @@ def templates(kind: str, count: int, seed: int = 0) -> tuple[str, ...]:
     return tuple(found)
 
 
+def joint_templates(count: int, *kinds: str, seed: int = 0) -> tuple[str, ...]:
+    """Captions of the training split with `{concept}` in the place of every shape of these kinds, of which
+    there is one or more: nothing that is to go stays beside what is kept.
+    """
+    found: dict[str, None] = {}
+    for item in stream("train", seed, obfuscation=0.0, held_out=False):
+        shown = [shape.kind in kinds for shape in item.scene.shapes]
+        gone, text = [form for form, has in zip(item.forms, shown, strict=True) if has], item.caption
+        for form in sorted(gone, key=len, reverse=True):  # "starlet" before "star"
+            text = text.replace(form, CONCEPT)
+        if any(shown) and text.count(CONCEPT) == sum(shown):
+            found.setdefault(text)
+        if len(found) == count:
+            break
+    return tuple(found)
+
+
 def clean_forms(*kinds: str) -> tuple[str, ...]:
     """Every surface form of the kinds that are not among these."""
     return tuple(form for kind, forms in SURFACE_FORMS.items() if kind not in kinds for form in forms)
@@ -69,7 +86,7 @@ def recipes() -> dict[str, Training]:
     Chosen on captions of the `tune` split. What departs from the papers is said at each method's `Config`.
     """
     hearts = SURFACE_FORMS["heart"]
-    stars, both = templates(RESTRICTED, 120), (*templates(RESTRICTED, 120), *templates("heart", 120))
+    stars = templates(RESTRICTED, 120)
     return {
         "sdd": Training("sdd", settings=_SDD | {"prompts": stars, "keep": clean_forms(RESTRICTED)}),
         "safegen": Training("safegen", settings=_SAFEGEN, triplets=640, block=32),
@@ -87,8 +104,8 @@ def recipes() -> dict[str, Training]:
             "sdd",
             concepts=(*STARS, *hearts),
             settings=_SDD
-            | {"prompts": both, "keep": clean_forms(RESTRICTED, "heart")}
-            | {"keep_weight": 0.5, "lr": 4e-3, "steps": 1600},
+            | {"prompts": joint_templates(240, RESTRICTED, "heart"), "keep": clean_forms(RESTRICTED, "heart")}
+            | {"away": 1.0, "kept_latents": "both", "keep_weight": 6.0, "lr": 4e-3, "steps": 700},
         ),
         "safe_cfg_two": Training(
             "safe_cfg",
