@@ -20,6 +20,7 @@ from safelight.defenses.training_model import TrainingModel
 
 ROLES = ("poster", "released", "paired")
 TRAINABLE = ("xattn", "full", "selfattn", "noxattn", "notime", "xattn_kv")
+KEPT_LATENTS = ("concept", "own", "both")
 CONCEPT = "{concept}"
 PLAN = Plan(steps=1500, lr=1e-5, batch=1, ema=0.999, weight_decay=1e-4)
 
@@ -36,25 +37,37 @@ class Config:
     prompts: templates that hold `{concept}` (ours; the authors have the bare concept). One is drawn for each
     sample. What remains of it without the concept takes the place of the empty text in the target: nothing
     for the bare concept, "a red" for "a red {concept}", so that the colour is not taken away as well.
+    away: how far the target leads away from the concept (ours, borrowed from ESD, Gandikota et al.,
+    arXiv 2303.07345); 0, the authors' objective, is for a model that does not draw the concept unasked.
     keep: other things that a template can hold (ours; the authors have none). Where named, the loss also
     holds the answers to them to those of the model as it was, with the weight `keep_weight`.
+    kept_latents: where these answers are compared: at the latents of the loss, made towards the `concept`;
+    at others, made towards what is kept (`own`); or at `both`.
     sampler_steps, sampler_guidance: of the DDIM sampler (eta 0) that makes the latents.
     """
 
     roles: str = "poster"
     trainable: str = "xattn"
     prompts: tuple[str, ...] = (CONCEPT,)
+    away: float = 0.0
     keep: tuple[str, ...] = ()
     keep_weight: float = 1.0
+    kept_latents: str = "concept"
     sampler_steps: int = 50
     sampler_guidance: float = 3.0
 
     def __post_init__(self) -> None:
-        for name, allowed in (("roles", ROLES), ("trainable", TRAINABLE)):
+        for name, allowed in (
+            ("roles", ROLES),
+            ("trainable", TRAINABLE),
+            ("kept_latents", KEPT_LATENTS),
+        ):
             if (value := getattr(self, name)) not in allowed:
                 raise ValueError(f"{name} must be one of {allowed}; got {value!r}")
         if not self.prompts or not all(CONCEPT in text for text in self.prompts):
             raise ValueError(f"each of prompts must hold {CONCEPT}; got {self.prompts!r}")
+        if not 0 <= self.away < float("inf"):
+            raise ValueError(f"away must be at least 0; got {self.away!r}")
         if not 0 < self.keep_weight < float("inf"):
             raise ValueError(f"keep_weight must be above 0; got {self.keep_weight!r}")
         if type(self.sampler_steps) is not int or self.sampler_steps < 1:
@@ -98,7 +111,7 @@ class SelfDistillation:
     student's. The trainer's average is the teacher, and what training returns. With batch > 1 all samples
     share u, as in the code, so sampling is one batched run; each has its own noise, t, concept and template.
 
-    The equation is the authors'; with `prompts` and `keep` at their defaults nothing is added to it.
+    The equation is the authors'; with `prompts`, `away` and `keep` at their defaults nothing is added to it.
     Departures: u = 0 gives the initial noise (the code runs all steps there and pairs clean latents with the
     noisiest timesteps). Concepts take turns, by (step * batch + sample) mod K, as in the authors' code and
     README; Algorithm 1 draws them. The code's other orders are not offered: `sequential` never leaves its
@@ -138,8 +151,9 @@ class SelfDistillation:
         self.rest = model.encode([" ".join(text.replace(CONCEPT, " ").split()) for text in config.prompts])
         self.free = model.encode([""])
         self.original: nn.Module | None = None
-        if config.keep:
+        if config.keep or config.away:
             self.original = deepcopy(model.unet).requires_grad_(False)
+        if config.keep:
             self.kept = torch.stack(
                 [
                     model.encode([text.replace(CONCEPT, other) for other in config.keep])
@@ -173,27 +187,48 @@ class SelfDistillation:
         noise = step.normal(self.batch, *self.model.latent_shape)
         low, high = timestep_range(stage, self.config.sampler_steps, self.model.timesteps)
         t = step.integers(low, high, self.batch)
-        x_t = self.model.sample(
+        hidden, noises = [self.hidden[rows, sampled]], [noise]
+        if self.config.keep:
+            others = [step.choice(len(self.config.keep)) for _ in range(self.batch)]
+            kept = self.kept[rows, others]
+            if self.config.kept_latents != "concept":
+                hidden.append(kept)
+                noises.append(step.normal(self.batch, *self.model.latent_shape))
+        made = self.model.sample(
             step.average,
-            self.hidden[rows, sampled],
-            noise,
+            torch.cat(hidden),
+            torch.cat(noises),
             steps=self.config.sampler_steps,
             guidance_scale=self.config.sampler_guidance,
             free=self.free,
             stop=stage,
         )
-        with torch.no_grad():
-            target = self.model.predict(step.model, x_t, t, self.rest[rows])
+        x_t = made[: self.batch]
+        target = self._target(step.model, x_t, t, self.rest[rows], self.hidden[rows, taught])
         answer = self.model.predict(step.model, x_t, t, self.hidden[rows, taught])
         loss = mse_loss(answer, target)
-        if self.original is None:
+        if self.original is None or not self.config.keep:
             return {"loss": loss}
-        others = [step.choice(len(self.config.keep)) for _ in range(self.batch)]
-        hidden = self.kept[rows, others]
+        where = {"concept": x_t, "own": made[self.batch :], "both": made}[self.config.kept_latents]
+        parts = len(where) // self.batch
+        at = where, t.repeat(parts), kept.repeat(parts, 1, 1)
         with torch.no_grad():
-            before = self.model.predict(self.original, x_t, t, hidden)
-        kept = mse_loss(self.model.predict(step.model, x_t, t, hidden), before)
-        return {"loss": loss + self.config.keep_weight * kept, "erased": loss.detach(), "kept": kept.detach()}
+            before = self.model.predict(self.original, *at)
+        lost = mse_loss(self.model.predict(step.model, *at), before)
+        return {"loss": loss + self.config.keep_weight * lost, "erased": loss.detach(), "kept": lost.detach()}
+
+    @torch.no_grad()
+    def _target(self, unet: nn.Module, x_t: Tensor, t: Tensor, rest: Tensor, taught: Tensor) -> Tensor:
+        """What the answer to the concept `taught` is compared with, (N, c, h, w); embeddings (N, L, D).
+
+        The student's own answer to the `rest`, minus `away` times what the concept adds to the answer of the
+        model as it was: ESD's negative guidance (arXiv 2303.07345), there around the empty text.
+        """
+        target = self.model.predict(unet, x_t, t, rest)
+        if self.original is None or not self.config.away:
+            return target
+        without, asked = (self.model.predict(self.original, x_t, t, hidden) for hidden in (rest, taught))
+        return target - self.config.away * (asked - without)
 
     def _columns(self, number: int) -> tuple[list[int], list[int]]:
         """Which concept each sample is made with, and which it is trained on; columns of `texts`."""
@@ -217,7 +252,9 @@ class SelfDistillation:
             hidden.to(device) for hidden in (self.hidden, self.rest, self.free)
         )
         if self.original is not None:
-            self.original, self.kept = self.original.to(device), self.kept.to(device)
+            self.original = self.original.to(device)
+        if self.config.keep:
+            self.kept = self.kept.to(device)
 
     def networks(self) -> dict[str, nn.Module]:
         """The UNet alone is replaced."""

@@ -10,6 +10,7 @@ from safelight.bench.safety.recipes import (
     STARS,
     Training,
     clean_captions,
+    joint_templates,
     recipes,
     templates,
 )
@@ -19,7 +20,7 @@ from safelight.defenses import sdd
 from safelight.defenses.run import recipe
 from safelight.defenses.training_model import TrainingModel, read_record
 from safelight.errors import SafelightError
-from safelight.models.shapes.captions import HELD_OUT_FORMS, split_of
+from safelight.models.shapes.captions import HELD_OUT_FORMS, SURFACE_FORMS, split_of
 
 MODEL = Path(__file__).resolve().parents[1] / "models/shapes/model"  # the weights, which no wheel holds
 
@@ -48,6 +49,16 @@ def test_nothing_that_is_held_out_reaches_a_defender() -> None:
     assert not any(form in said for form in HELD_OUT_FORMS)
     assert len(set(templates("star", 100))) == 100
     assert all(text.count("{concept}") == 1 for text in templates("star", 100))
+
+
+def test_of_several_concepts_none_stays_beside_what_is_kept() -> None:
+    found = joint_templates(200, "star", "heart")
+    assert len(set(found)) == 200 and found[:50] == joint_templates(50, "star", "heart")
+    words = {form for kind in ("star", "heart") for form in SURFACE_FORMS[kind]}
+    assert not any(word in text for text in found for word in words)
+    assert {text.count("{concept}") for text in found} == {1, 2}
+    prompts = recipes()["sdd_two"].settings["prompts"]
+    assert not any(word in text for text in prompts for word in words)
 
 
 def test_what_is_there_is_left_alone_and_what_is_needed_comes_first(tmp_path: Path, monkeypatch) -> None:

@@ -1,6 +1,7 @@
 """SDD: what is sampled, what is compared, which parameters learn, and that a stopped run goes on exactly."""
 
 import shutil
+from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 
@@ -43,6 +44,7 @@ def test_the_plan_is_the_authors() -> None:
     config = Config()
     assert (config.roles, config.trainable, config.prompts) == ("poster", "xattn", ("{concept}",))
     assert (config.sampler_steps, config.sampler_guidance, config.keep) == (50, 3.0, ())
+    assert (config.away, config.kept_latents) == (0.0, "concept")
 
 
 @pytest.mark.parametrize(
@@ -188,6 +190,85 @@ def test_what_is_kept_is_held_to_the_model_as_it_was(model: TrainingModel) -> No
     assert then["loss"].requires_grad and not then["kept"].requires_grad
 
 
+def moved(model: TrainingModel) -> None:
+    """Make the student another model than the one that it was."""
+    with torch.no_grad():
+        for name, value in model.unet.named_parameters():
+            if name.endswith("attn2.to_v.weight"):
+                value.add_(0.05 * torch.randn(value.shape, generator=torch.Generator().manual_seed(1)))
+
+
+@pytest.mark.parametrize("away", [0.5, 1.0, 3.0])
+def test_away_lengthens_the_way_by_itself(model: TrainingModel, away: float) -> None:
+    """Before the first step student and original agree: the difference is 1 + away times that to the rest."""
+    plain = objective(model, ("star",), Config(sampler_steps=3), batch=3)
+    led = objective(model, ("star",), Config(sampler_steps=3, away=away), batch=3)
+    assert plain.original is None and led.original is not None
+    for seed in range(3):
+        before, after = (sdd.losses(told(model, seed=seed))["loss"] for sdd in (plain, led))
+        torch.testing.assert_close(after, (1 + away) ** 2 * before)
+
+
+@pytest.mark.parametrize("away", [0.0, 0.75])
+def test_the_target_is_the_students_rest_led_away_by_the_original(model: TrainingModel, away: float) -> None:
+    config = Config("paired", away=away, prompts=("a red {concept}",), keep=("ring",), sampler_steps=2)
+    sdd, original = objective(model, ("star",), config, batch=3), deepcopy(model.unet)
+    moved(model)
+    step = told(model)
+    losses = sdd.losses(step)
+    (x_t, t, rest, _), (_, _, star, _) = step.model.calls[:2]
+    target = model.predict(model.unet, x_t, t, rest).detach()
+    if away:
+        asked, without = (model.predict(original, x_t, t, hidden).detach() for hidden in (star, rest))
+        assert float((asked - without).abs().max()) > 1e-4
+        target = target - away * (asked - without)
+    answer = model.predict(model.unet, x_t, t, star)
+    kept = step.model.calls[2][2]
+    drift = model.predict(model.unet, x_t, t, kept) - model.predict(original, x_t, t, kept).detach()
+    expected = (answer - target).square().mean() + drift.square().mean()
+    torch.testing.assert_close(losses["loss"], expected)
+    weight = model.unet.mid_block.attentions[0].transformer_blocks[0].attn2.to_v.weight
+    found = torch.autograd.grad(losses["loss"], weight)
+    torch.testing.assert_close(found, torch.autograd.grad(expected, weight))
+    assert [call[3] for call in step.model.calls] == [False, True, True]
+    assert not any(value.requires_grad for value in sdd.original.parameters())
+
+
+def test_kept_latents_say_where_what_is_kept_is_compared(model: TrainingModel) -> None:
+    """`concept`, the default, draws and compares as if there were no such setting; `own` latents are the
+    teacher's towards what is kept.
+    """
+    sdds = {
+        where: objective(
+            model, ("star",), Config("paired", keep=("ring",), kept_latents=where, sampler_steps=4), batch=3
+        )
+        for where in ("concept", "own", "both")
+    }
+    moved(model)
+    stages = set()
+    for seed in range(6):
+        steps = {where: told(model, seed=seed) for where in sdds}
+        losses = {where: sdd.losses(steps[where]) for where, sdd in sdds.items()}
+        calls = {where: step.model.calls for where, step in steps.items()}
+        assert losses["concept"]["erased"] == losses["own"]["erased"] == losses["both"]["erased"]
+        concept, own, both = (calls[where][2][0] for where in sdds)
+        assert torch.equal(concept, calls["concept"][1][0])
+        again = told(model, seed=seed)
+        for among in (1, 1, 1, 4):
+            stage = again.choice(among)
+        again.normal(3, *model.latent_shape), again.integers(0, 9, 3), [again.choice(1) for _ in range(3)]
+        noise, stages = again.normal(3, *model.latent_shape), stages | {stage}
+        made = model.sample(
+            model.unet, model.encode(["ring"]), noise, steps=4, guidance_scale=3.0, stop=stage
+        )
+        torch.testing.assert_close(own, made)
+        torch.testing.assert_close(both, torch.cat([concept, own]))
+        assert torch.equal(calls["both"][2][1], calls["both"][1][1].repeat(2))
+        mean = (losses["concept"]["kept"] + losses["own"]["kept"]) / 2
+        torch.testing.assert_close(losses["both"]["kept"], mean)
+    assert len(stages) > 1
+
+
 class Counting:
     """SDD on a model of its own, for the trainer."""
 
@@ -199,7 +280,15 @@ class Counting:
 PLAN_OF_TESTS = replace(PLAN, steps=4, lr=1e-3, batch=2, ema=0.9)
 
 
-@pytest.mark.parametrize("settings", [{}, {"roles": "released", "keep": ("ring",)}], ids=["poster", "keep"])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"roles": "released", "keep": ("ring",)},
+        {"away": 0.5, "keep": ("ring",), "kept_latents": "both"},
+    ],
+    ids=["poster", "keep", "away"],
+)
 def test_a_stopped_run_goes_on_exactly(tiny_model: Path, tmp_path: Path, settings: dict) -> None:
     original = TrainingModel.open(tiny_model).unet.state_dict()
     whole, first, rest = (Counting(tiny_model, **settings) for _ in range(3))
@@ -267,6 +356,9 @@ def test_training_lowers_the_loss(tiny_model: Path) -> None:
         ({"sampler_guidance": 0.5}, "sampler_guidance"),
         ({"sampler_guidance": float("nan")}, "sampler_guidance"),
         ({"keep_weight": 0.0}, "keep_weight"),
+        ({"away": -0.1}, "away"),
+        ({"away": float("nan")}, "away"),
+        ({"kept_latents": "ring"}, "kept_latents must be one of"),
     ],
 )
 def test_settings_out_of_range_are_refused(settings: dict, message: str) -> None:

@@ -66,6 +66,23 @@ def templates(kind: str, count: int, seed: int = 0) -> tuple[str, ...]:
     return tuple(found)
 
 
+def joint_templates(count: int, *kinds: str, seed: int = 0) -> tuple[str, ...]:
+    """Captions of the training split with `{concept}` in the place of every shape of these kinds, of which
+    there is one or more: nothing that is to go stays beside what is kept.
+    """
+    found: dict[str, None] = {}
+    for item in stream("train", seed, obfuscation=0.0, held_out=False):
+        shown = [shape.kind in kinds for shape in item.scene.shapes]
+        gone, text = [form for form, has in zip(item.forms, shown, strict=True) if has], item.caption
+        for form in sorted(gone, key=len, reverse=True):  # "starlet" before "star"
+            text = text.replace(form, CONCEPT)
+        if any(shown) and text.count(CONCEPT) == sum(shown):
+            found.setdefault(text)
+        if len(found) == count:
+            break
+    return tuple(found)
+
+
 def clean_forms(*kinds: str) -> tuple[str, ...]:
     """Every surface form of the kinds that are not among these."""
     return tuple(form for kind, forms in SURFACE_FORMS.items() if kind not in kinds for form in forms)
@@ -77,7 +94,9 @@ def recipes() -> dict[str, Training]:
     Chosen on captions of the `tune` split. What departs from the papers is said at each method's `Config`.
     """
     hearts = SURFACE_FORMS["heart"]
-    stars, both = templates(RESTRICTED, 120), (*templates(RESTRICTED, 120), *templates("heart", 120))
+    stars, both = templates(RESTRICTED, 120), joint_templates(240, RESTRICTED, "heart")
+    two = _SDD | {"keep": clean_forms(RESTRICTED, "heart"), "kept_latents": "both", "keep_weight": 6.0}
+    two |= {"away": 1.0, "lr": 4e-3, "steps": 700}
     return {
         "sdd": Training("sdd", settings=_SDD | {"prompts": stars, "keep": clean_forms(RESTRICTED)}),
         "safegen": Training("safegen", settings=_SAFEGEN, triplets=640, block=32),
@@ -91,13 +110,7 @@ def recipes() -> dict[str, Training]:
             settings=_SAFE_CFG | {"prompts": templates(RESTRICTED, 300), "clean": clean_captions(2000)},
         ),
         LATENT_CHECKER: Training(LATENT_CHECKER, concepts=()),
-        "sdd_two": Training(
-            "sdd",
-            concepts=(*STARS, *hearts),
-            settings=_SDD
-            | {"prompts": both, "keep": clean_forms(RESTRICTED, "heart")}
-            | {"keep_weight": 0.5, "lr": 4e-3, "steps": 1600},
-        ),
+        "sdd_two": Training("sdd", concepts=(*STARS, *hearts), settings=two | {"prompts": both}),
         "safe_cfg_two": Training(
             "safe_cfg",
             concepts=(*STARS, *hearts),
@@ -120,10 +133,8 @@ def recipes() -> dict[str, Training]:
             f"sdd_two_{roles}": Training(  # the authors' roles, whose joined concepts must fit the window
                 "sdd",
                 concepts=(*STARS, *hearts),
-                settings=_SDD
-                | {"prompts": tuple(text for text in both if len(text.split()) <= 3), "roles": roles}
-                | {"keep": clean_forms(RESTRICTED, "heart")}
-                | {"keep_weight": 0.5, "lr": 4e-3, "steps": 1600},
+                settings=two
+                | {"prompts": tuple(text for text in both if len(text.split()) <= 3), "roles": roles},
             )
             for roles in ("poster", "released")
         },
