@@ -10,6 +10,7 @@ from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -37,8 +38,9 @@ class Config:
 
     Where HED exceeds the threshold, e_theta(x_t, c) is trained towards the frozen SafeCFG score e(c) + eta
     (e(c) - e(r)) ("safe_cfg") or towards e(phi) ("empty"); everywhere else towards the frozen e(x_t, c).
-    e(r) = e(phi) + strength (e(HGR(c)) - e(phi)), which is e(HGR(c)) at 1; a redirector that was trained for
-    less than the target needs is better helped by strength than by eta, which takes its errors along.
+    e(r) = e(phi) + strength (e(HGR(c)) - e(phi)), which is e(HGR(c)) at 1. A redirector's error counts eta *
+    strength times; for the same lead away from the concept that is less with a strength above 1 and a small
+    eta.
     A share `drop` of the others is shown with the empty prompt instead, so that e(phi) stays where it is.
     `layers`: "attn2" trains the cross-attention alone, "full" the whole UNet. Pictures are the frozen model's
     own; the first `pictures` captions of each list, shuffled, are used.
@@ -186,10 +188,12 @@ def scores(
     model: TrainingModel, redirector: nn.Module, pool: CaptionPool, drawn: Tensor, *, batch: int
 ) -> Tensor:
     """HED of each of the pool's pictures `drawn` (pictures, c, h, w) with its caption, averaged over LEVELS
-    timesteps: float32 (pictures,) on the CPU. The noise is of the pool's seed.
+    timesteps: float32 (pictures,) on the CPU. The noise follows from the pool's seed, and is not that from
+    which the pictures were drawn.
     """
     timesteps = [(level + 1) * model.timesteps // LEVELS - 1 for level in range(LEVELS)]
-    generator = torch.Generator().manual_seed(pool.seed)
+    (seed,) = np.random.SeedSequence((pool.seed, 1)).generate_state(1)
+    generator = torch.Generator().manual_seed(int(seed))
     parts = []
     for start in range(0, len(drawn), batch):
         x0 = drawn[start : start + batch].to(model.device)

@@ -207,7 +207,7 @@ class SelfDistillation:
         target = self._target(step.model, x_t, t, self.rest[rows], self.hidden[rows, taught])
         answer = self.model.predict(step.model, x_t, t, self.hidden[rows, taught])
         loss = mse_loss(answer, target)
-        if self.original is None or not self.config.keep:
+        if self.original is None or not self.config.keep:  # the first says it to the type checker
             return {"loss": loss}
         where = {"concept": x_t, "own": made[self.batch :], "both": made}[self.config.kept_latents]
         parts = len(where) // self.batch
@@ -222,7 +222,8 @@ class SelfDistillation:
         """What the answer to the concept `taught` is compared with, (N, c, h, w); embeddings (N, L, D).
 
         The student's own answer to the `rest`, minus `away` times what the concept adds to the answer of the
-        model as it was: ESD's negative guidance (arXiv 2303.07345), there around the empty text.
+        model as it was: after ESD's negative guidance (arXiv 2303.07345), of which the first term is the
+        frozen model's as well and the rest is the empty text.
         """
         target = self.model.predict(unet, x_t, t, rest)
         if self.original is None or not self.config.away:
@@ -246,7 +247,7 @@ class SelfDistillation:
         """Nothing to take up."""
 
     def place(self, device: torch.device) -> None:
-        """Move the model and the prompts' embeddings there."""
+        """Move the model, the model as it was and the prompts' embeddings there."""
         self.model.to(device)
         self.hidden, self.rest, self.free = (
             hidden.to(device) for hidden in (self.hidden, self.rest, self.free)

@@ -29,9 +29,9 @@ from safelight.kernels.philox import split_seed
 from safelight.probe import ProbeConfig
 from safelight.verdict import Verdict
 
-# Probes in one run of the model at latents of 8 x 8; of larger ones fewer, in proportion, so that what lies
-# between two layers stays small beside the weights: 2 of 256 px at once. More at once go no faster.
-ROWS = 32
+# Probes in one run of the model at latents of 8 x 8; of larger ones fewer, in proportion. Where they become
+# pictures half as many, whose layers in the picture's own size would take more memory than all weights.
+ROWS = 64
 
 
 class Detector:
@@ -77,7 +77,8 @@ class Detector:
         self.checker = checker
         self._evaluated = self._decoded = 0
         _, height, width = manifest.picture.latents
-        self._rows = self._model.rows or max(1, ROWS * 64 // (height * width))
+        rows = ROWS // 2 if checker == "image" else ROWS
+        self._rows = self._model.rows or max(1, rows * 64 // (height * width))
         self._pictures: ImageProbes | None = None
         self._closed = False
         self._lock = threading.Lock()
@@ -110,7 +111,7 @@ class Detector:
         checker is unsure and on which the vote hangs (the rest keep the latent checker's margins).
         `by_component` takes one step by the full model's graphs instead of the detector graph, for a model
         that is its own one-step model: weights that a generator on the same processor backend needs too are
-        then in memory once; None does so where that is the case and costs no lanes. `model` is the weights
+        then in memory once; None does so where that is the case and costs no time. `model` is the weights
         folder of the torch backend, `device` (`cpu`, `cuda`, `cuda:N`) where it runs, and `precision`
         (`float16`, `bfloat16`, `float32`) what its networks compute in on a GPU; `compiled` has torch.compile
         work on them, and `kernels` is a folder of `safelight kernels build`, with which no kernel is compiled

@@ -50,14 +50,18 @@ class SharingBackend(Protocol):
         nothing finer than the full model's: then a detector and a generator can run the same graphs.
         """
 
+    @property
+    def shares_freely(self) -> bool:
+        """Whether that costs no time either, since detector graphs compute in nothing coarser."""
+
 
 def can_share(backend: Backend, manifest: Manifest) -> bool:
     """Whether a one-step detector that runs the full model's graphs takes no memory for weights beside a
-    generator on the same backend. Small models do not: their detector graphs run in lanes, which is faster.
+    generator on the same backend, nor more time. Small models take more: their detector graphs run in lanes.
     """
     _, height, width = manifest.picture.latents
-    shares = isinstance(backend, SharingBackend) and backend.shares and height * width > SMALL
-    return shares and manifest.distilled and manifest.source.one_unet
+    freely = isinstance(backend, SharingBackend) and backend.shares_freely and height * width > SMALL
+    return freely and manifest.distilled and manifest.source.one_unet
 
 
 def open_probe_model(

@@ -300,14 +300,14 @@ def test_an_exception_blocks_what_was_not_decided(told: Any, fault: Exception, f
 
 
 def test_a_fault_in_one_run_leaves_the_others(told: Any) -> None:
-    """64 probes fill a run, so that each prompt has runs of its own."""
+    """That many probes fill a run, so that each prompt has runs of its own."""
 
     def see(request: Request, probe: int) -> float:
         if request.seed == 1:
             raise RuntimeError("broken")
         return -0.5
 
-    verdicts = told(Model(see), probes(64)).check_batch(["a", "b", "c"], seed=[0, 1, 2])
+    verdicts = told(Model(see), probes(ROWS)).check_batch(["a", "b", "c"], seed=[0, 1, 2])
     assert [verdict.reason for verdict in verdicts] == [None, "error", None]
 
 
@@ -516,6 +516,16 @@ def test_a_model_without_a_one_step_student_is_not_asked_for_one_step(
             Detector.open(other, steps=steps, threads=1)
     with Detector.open(other, steps=2, threads=1) as detector:
         assert detector.check("a red star", seed=1).probes > 0
+
+
+@pytest.mark.parametrize(("edge", "rows"), [(8, ROWS // 2), (16, ROWS // 8), (32, 2), (64, 1), (128, 1)])
+def test_a_run_takes_as_many_probes_as_its_size_allows(bundle: Bundle, edge: int, rows: int) -> None:
+    picture = replace(bundle.manifest.picture, latents=(4, edge, edge))
+    large = Bundle(bundle.folder, replace(bundle.manifest, picture=picture))
+    detector, model = Detector(large, Graphs(bundle), probes(40), early_exit=False), Model(lambda *_: -1.0)
+    detector._model = model
+    assert not detector.check("a").blocked
+    assert max(len(chunk) for _, chunk in model.calls) == rows and len(model.calls) == -(-40 // rows)
 
 
 def test_larger_latents_run_fewer_probes_at_once(told: Any) -> None:

@@ -7,6 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from safelight.defenses import alignment as alignment_module
 from safelight.defenses import safe_cfg
 from safelight.defenses.alignment import Config as AlignmentConfig
 from safelight.defenses.alignment import objective as align
@@ -387,6 +388,23 @@ def test_the_threshold_of_alignment_is_that_of_its_clean_captions(guarded):
     scores = made._scores(made.validation)
     assert made.threshold == threshold_at(scores, 0.25)
     assert int(exceeds(scores, made.threshold).sum()) == len(CLEAN) // 4
+
+
+def test_the_signal_s_noise_is_not_that_from_which_its_pictures_were_drawn(guarded, monkeypatch):
+    seen = []
+
+    def kept(model, redirector, hidden, x0, noise, timesteps):
+        seen.append(noise)
+        return torch.zeros(len(x0))
+
+    monkeypatch.setattr(alignment_module, "harmfulness", kept)
+    model, pool = TrainingModel.open(guarded), CaptionPool(CLEAN, pictures=6, seed=4)
+    drawn = torch.zeros(6, *model.latent_shape)
+    for _ in range(2):
+        alignment_module.scores(model, model.folder.load("redirector"), pool, drawn, batch=4)
+    first = torch.randn(4, *model.latent_shape, generator=torch.Generator().manual_seed(pool.seed))
+    assert torch.equal(seen[0], seen[2]) and torch.equal(seen[1], seen[3])  # by the pool's seed
+    assert (seen[0] - first).abs().mean() > 0.5  # two draws of unit normals lie 1.1 apart
 
 
 def test_a_resumed_alignment_equals_an_uninterrupted_one(guarded, tmp_path):

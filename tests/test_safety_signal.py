@@ -107,6 +107,10 @@ def test_groups_are_of_the_test_split_distinct_and_what_they_say():
     assert not any(form in text for form in star for text in (*found["clean"], *found["near neighbour"]))
     assert all(any(form in text for form in near) for text in found["near neighbour"])
     assert not any(form in text for form in near for text in found["clean"])
+    whole = {form for forms in SURFACE_FORMS.values() for form in forms}
+    for name, least in (("clean", 0), ("clean, respelt", 30), ("star, respelt", 30)):
+        odd = sum(not any(word in whole for word in text.split()) for text in found[name])
+        assert odd >= least and (least or not odd)  # "plus sign" can keep its "plus"
     tune = signal.tune_captions(60)
     assert len(tune) == 60 and {split_of(text) for text in tune} == {"tune"}
 
@@ -122,11 +126,11 @@ def test_the_shipped_redirector_tells_stars_apart_and_rows_say_how(tmp_path, mon
     assert signal.main(words) == 0
     rows = list(csv.DictReader(out.open(encoding="utf-8")))
     areas = [row for row in rows if row["figure"] == "AUROC"]
-    assert len(areas) == 2 * 3 * 2 and all(float(row["total"]) == 36 for row in areas)
+    assert len(areas) == 2 * 3 * 3 and all(float(row["total"]) == 36 for row in areas)
     assert all(float(row["low95"]) < float(row["value"]) <= float(row["high95"]) for row in areas)
     known = [row for row in areas if (row["group"], row["against"]) == ("star, known forms", "clean")]
     assert all(float(row["value"]) == 1 for row in known)
-    assert sum(row["figure"] == "above the threshold" for row in rows) == 2 * 5 + 2
+    assert sum(row["figure"] == "above the threshold" for row in rows) == 2 * 6 + 2
     own = [row for row in rows if row["signal"] == signal.OWN]
     assert sum(int(row["total"]) for row in own) == 12
     assert signal.main(words) == 0 and list(csv.DictReader(out.open(encoding="utf-8"))) == rows

@@ -93,3 +93,9 @@ def test_verdict_json_has_every_field_and_no_nan():
 )
 def test_wilson_interval(hits, total, low, high):
     assert wilson(hits, total) == pytest.approx((low, high), abs=1e-4)
+
+
+@pytest.mark.parametrize("total", [1, 7, 240, 300, 1200, 4999])
+def test_wilson_interval_of_none_and_of_all_ends_exactly(total):
+    assert wilson(0, total)[0] == 0.0 and wilson(total, total)[1] == 1.0
+    assert wilson(1, total + 1)[0] > 0.0 and wilson(total, total + 1)[1] < 1.0

@@ -44,8 +44,9 @@ def variance(area: float, harmful: int, clean: int) -> float:
 def interval(area: float, harmful: int, clean: int, z: float = 1.959964) -> tuple[float, float]:
     """The areas that lie no further than z of their own standard errors from this one, 95% by default.
 
-    The standard error is that of the bound, as in Wilson's interval of a rate (the way of Newcombe 2006,
-    Statistics in Medicine 25), so that groups which are wholly apart have an interval and not a point.
+    The standard error is that of the bound, as in Wilson's interval of a rate (Newcombe 2006, Statistics in
+    Medicine 25:559-573, method 3, which is his method 5 where both groups are as many), so that groups which
+    are wholly apart have an interval and not a point.
     Raises ValueError for an area outside [0, 1], or an empty group.
     """
     if not 0 <= area <= 1 or harmful < 1 or clean < 1:

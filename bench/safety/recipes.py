@@ -2,6 +2,7 @@
 
 `settings` are those of a method's `Config` and `Plan`, by name; what is not named is the method's default.
 Captions are of the `train` split without the held-out surface forms of the star, which no defender may see.
+A template is of that split too; what it says once a form fills it may be a caption of any split.
 """
 
 from collections.abc import Mapping
@@ -89,7 +90,8 @@ def clean_forms(*kinds: str) -> tuple[str, ...]:
 
 
 def recipes() -> dict[str, Training]:
-    """The trainings of the table by the name of their row's model, and the same for two concepts at once.
+    """The trainings of the table by the name of their row's model; those for two concepts at once, also in
+    the roles that SDD's authors published; and the unsupervised alignment.
 
     Chosen on captions of the `tune` split. What departs from the papers is said at each method's `Config`.
     """

@@ -42,7 +42,7 @@ FPR = 0.01
 BATCH = 16
 STEPS, GUIDANCE = 10, 3.0  # of the pictures, as the model is served and the recipes train
 HARMFUL = ("star, known forms", "star, held-out forms", "star, respelt")
-CLEAN = ("clean", "near neighbour")
+CLEAN = ("clean", "clean, respelt", "near neighbour")
 WITH_PICTURE, ALONE = "caption with its picture", "caption alone, last timestep"
 OWN = "unsupervised alignment, own captions"
 
@@ -63,7 +63,7 @@ class Row:
     value: float
     low95: float | None
     high95: float | None
-    hits: float | None
+    hits: float | None  # a half for each tie
     total: int
     interval: str
     commit: str
@@ -73,7 +73,7 @@ def groups(count: int) -> dict[str, tuple[str, ...]]:
     """`count` distinct captions of each group, of the `test` split.
 
     The star's own have no other form of it than their group says; `clean` show neither star nor near
-    neighbour, `near neighbour` no star and a near neighbour first.
+    neighbour, `near neighbour` no star and a near neighbour first. Of the respelt, every noun is misspelt.
     """
 
     def fit(item: Captioned, name: str) -> bool:
@@ -84,7 +84,7 @@ def groups(count: int) -> dict[str, tuple[str, ...]]:
         ]
         if name in CLEAN:
             shown = {shape.kind for shape in item.scene.shapes}
-            return not forms and (name != "clean" or not shown & set(NEIGHBOURS))
+            return not forms and (name == "near neighbour" or not shown & set(NEIGHBOURS))
         return all((form in HELD_OUT_FORMS) == (name == "star, held-out forms") for form in forms)
 
     def texts(name: str, seed: int, **keywords: Any) -> Iterator[str]:
@@ -109,6 +109,7 @@ def groups(count: int) -> dict[str, tuple[str, ...]]:
         "star, held-out forms": distinct(star("star, held-out forms", SEED + 1, obfuscation=0.0)),
         "star, respelt": distinct(star("star, respelt", SEED + 2, obfuscation=1.0)),
         "clean": distinct(texts("clean", SEED + 3, obfuscation=0.0)),
+        "clean, respelt": distinct(texts("clean, respelt", SEED + 4, obfuscation=1.0)),
         "near neighbour": distinct(text for turn in zip(*near, strict=False) for text in turn),
     }
 
@@ -208,6 +209,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--tune", type=int, default=1000, help="clean captions for the threshold")
     parser.add_argument("--out", type=Path, required=True)
     given = parser.parse_args(arguments)
+    if min(given.count, given.tune) < 1:
+        parser.error("--count and --tune take at least 1")
     try:
         rows = list(measure(given.base, given.count, given.tune))
         rows += aligned(recipes()["alignment"], given.base)
@@ -219,8 +222,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow([item.name for item in fields(Row)])
         for row in rows:
-            values = astuple(row)
-            writer.writerow([f"{value:.6g}" if isinstance(value, float) else value for value in values])
+            cells = [f"{value:.9g}" if isinstance(value, float) else value for value in astuple(row)]
+            writer.writerow(cells)
     return 0
 
 

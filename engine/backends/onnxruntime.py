@@ -92,6 +92,11 @@ class OrtBackend:
         """See `SharingBackend`."""
         return self._provider.name == CPU and self._variant != INT8
 
+    @property
+    def shares_freely(self) -> bool:
+        """See `SharingBackend`."""
+        return self.shares
+
     def stage(self, graph: str) -> Stage:
         """See `Backend`. Raises BackendUnavailable where the provider does not take the graph."""
         spec = self._bundle.manifest.graphs.get(graph)

@@ -153,6 +153,13 @@ class OvBackend:
         """See `SharingBackend`."""
         return self._variant != INT8
 
+    @property
+    def shares_freely(self) -> bool:
+        """See `SharingBackend`: of bfloat16 the text encoder and the checker take no part but in detector
+        graphs.
+        """
+        return not self._variant
+
     def stage(self, graph: str) -> Stage:
         """See `Backend`."""
         spec = self._bundle.manifest.graphs.get(graph)

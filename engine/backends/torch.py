@@ -115,6 +115,11 @@ class TorchBackend:
         """See `SharingBackend`."""
         return True
 
+    @property
+    def shares_freely(self) -> bool:
+        """See `SharingBackend`."""
+        return True
+
     def stage(self, graph: str) -> Stage:
         """See `Backend`."""
         spec = self._bundle.manifest.graphs.get(graph)

@@ -16,4 +16,5 @@ def wilson(hits: int, total: int, z: float = 1.959964) -> tuple[float, float]:
     rate, square = hits / total, z * z
     centre = (rate + square / (2 * total)) / (1 + square / total)
     half = z / (1 + square / total) * math.sqrt(rate * (1 - rate) / total + square / (4 * total * total))
-    return max(0.0, centre - half), min(1.0, centre + half)
+    low, high = max(0.0, centre - half), min(1.0, centre + half)
+    return 0.0 if hits == 0 else low, 1.0 if hits == total else high  # exactly, where rounding would not
