@@ -30,7 +30,7 @@ from safelight.probe import ProbeConfig
 from safelight.verdict import Verdict
 
 # Probes in one run of the model at latents of 8 x 8; of larger ones fewer, in proportion. Where they become
-# pictures half as many, whose layers in the picture's own size would take more memory than all weights.
+# pictures half as many: the decoder's layers in the picture's own size are what takes memory.
 ROWS = 64
 
 

@@ -6,6 +6,7 @@ needs as well: their weights are in memory once where a backend's stages share t
 no vote.
 """
 
+from abc import abstractmethod
 from collections.abc import Sequence
 
 import numpy as np
@@ -65,11 +66,11 @@ class ComponentModel(ProbeModel):
         latents = drawn.latents.reshape(-1, *drawn.latents.shape[2:])
         return self.draw(rows, latents, deadline=deadline)
 
+    @abstractmethod
     def draw(self, hidden: Floats, latents: Floats, *, deadline: float | None) -> Floats:
         """Prompt embeddings (N, L, D) and unit normals (N, c, h, w) to the last latents (N, c, h, w), scaled,
         NaN where the embeddings are not finite.
         """
-        raise NotImplementedError
 
     def embeddings(
         self, requests: Sequence[Request], ids: NDArray[np.int64], *, deadline: float | None
