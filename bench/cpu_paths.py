@@ -10,15 +10,17 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from hashlib import sha256
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
 
 from safelight.bench.cpu_worker import Job
+from safelight.bench.diffusers_loop import Style
 from safelight.bench.refcheck import REFCHECK
 from safelight.bench.rows import Row, percentiles
 from safelight.engine.backends import open_backend
@@ -31,12 +33,13 @@ from safelight.provenance import commit
 COMMAND = "safelight bench cpu"
 PIXELS = "largest |pixel - eager pixel|, pixels in [0, 1]"
 TIMEOUT_S = 3600.0
+PLAIN = "diffusers fp32"  # the peer that others are held against
 OURS = ("onnxruntime", "openvino", "openvino:bf16")
 INT8 = ("onnxruntime:int8", "openvino:int8")  # where the bundle has that form
 PEERS = (
-    {"dtype": "bfloat16", "channels_last": True},
-    {"dtype": "bfloat16", "channels_last": True, "batched": True},
-    {"dtype": "bfloat16", "channels_last": True, "batched": True, "compiled": True},
+    Style("bfloat16", channels_last=True),
+    Style("bfloat16", channels_last=True, batched=True),
+    Style("bfloat16", channels_last=True, batched=True, compiled=True),
 )
 
 
@@ -61,7 +64,7 @@ def paths(bundle: Bundle) -> Iterator[CpuPath]:
     for checker in checkers:
         eager = {"backend": "torch", "checker": checker, "early_exit": False, "flops": True}
         yield CpuPath(f"eager reference, {checker} checker", "ours", eager, checker)
-    yield CpuPath("diffusers fp32", "diffusers")
+    yield CpuPath(PLAIN, "diffusers")
     for checker in checkers:
         int8 = bundle.manifest.graphs[DETECTORS[checker]].int8 is not None
         for backend in reversed((*OURS, *INT8) if int8 else OURS):
@@ -77,7 +80,7 @@ def paths(bundle: Bundle) -> Iterator[CpuPath]:
                 options = {"backend": backend, "by_component": by_component}
                 yield CpuPath(name, "generator", options, starts=True)
     for style in PEERS:
-        yield CpuPath(f"diffusers {' '.join(map(str, style.values()))}", "diffusers", dict(style))
+        yield CpuPath(f"diffusers {style.label}", "diffusers", asdict(style))
 
 
 def measure(
@@ -90,25 +93,23 @@ def measure(
     work: Path,
     on_rows: Callable[[list[Row]], None],
     on_line: Callable[[str], None] = lambda line: None,
-    only: str = "",
-    skip: str = "",
+    only: Collection[str] = (),
 ) -> None:
-    """Measure all paths whose name holds `only`, and not `skip` where that says something, and hand over
-    their rows, path by path; what all are compared with is never left out.
+    """Measure the paths named `only`, or all, and hand over their rows, path by path; what all are compared
+    with is never left out.
 
     `work` keeps what was found, by bundle, commit, number of probes and threads. A peer that fails, or a
-    generator that draws nothing, is a line, and no row; a detector of ours raises SafelightError.
+    generator that draws nothing, is a line, and no row; a detector of ours raises SafelightError. Raises
+    ValueError for a name that no path of this bundle has.
     """
     bundle = open_bundle(name)
+    asked = _asked(bundle, only)
     kept = work / f"{bundle.manifest.bundle_id}-{commit()}-p{probes}-t{threads}"
     kept.mkdir(parents=True, exist_ok=True)
     job = Job("peak", {}, name, str(model), probes, threads, repeats)
     limits = _found(job, CpuPath("matrix peak", "peak"), kept)
     found: dict[str, dict[str, Any]] = {}
-    for path in paths(bundle):
-        needed = path.name.startswith("eager") or path.name == "diffusers fp32"
-        if not needed and (only not in path.name or (skip and skip in path.name)):
-            continue
+    for path in asked:
         if path.options.get("backend", "torch") != "torch" and not _usable(path, bundle, on_line):
             continue
         try:
@@ -122,7 +123,18 @@ def measure(
         if fresh:
             reference = found[f"eager reference, {path.checker} checker"]
             where = _Where(bundle, decoder_kind(model), probes, threads, kept)
-            on_rows(_rows(path, found[path.name], reference, found.get("diffusers fp32"), limits, where))
+            on_rows(_rows(path, found[path.name], reference, found.get(PLAIN), limits, where))
+
+
+def _asked(bundle: Bundle, only: Collection[str]) -> list[CpuPath]:
+    """The paths of these names, or all, and what they are compared with."""
+    every = list(paths(bundle))
+    names = {path.name for path in every}
+    if unknown := set(only) - names:
+        raise ValueError(f"no path is named {', '.join(sorted(unknown))}; `{COMMAND} --list` says which are")
+    wanted = set(only) or names
+    compared = ("eager", PLAIN)
+    return [path for path in every if path.name in wanted or path.name.startswith(compared)]
 
 
 def _usable(path: CpuPath, bundle: Bundle, on_line: Callable[[str], None]) -> bool:
@@ -152,9 +164,9 @@ def _found(job: Job, path: CpuPath, kept: Path) -> dict[str, Any]:
     job = replace(job, kind=path.kind, options=path.options)
     if path.kind in ("diffusers", "components") or path.options.get("backend") == "torch":
         job = replace(job, keep=str(kept / f"{_file(path)}.npz"))
-    home = kept / f"{_file(path)}.home"
-    first = _run(replace(job, repeats=0, keep=""), home) if path.starts else None
-    made = _run(job, home)
+    with TemporaryDirectory(dir=kept, prefix="home.") as home:  # gigabytes of compiled graphs, let go at once
+        first = _run(replace(job, repeats=0, keep=""), Path(home)) if path.starts else None
+        made = _run(job, Path(home))
     if first is not None:
         made["first_start_s"] = first["ready_s"]
     partial = file.with_suffix(".partial")
@@ -165,7 +177,6 @@ def _found(job: Job, path: CpuPath, kept: Path) -> dict[str, Any]:
 
 def _run(job: Job, home: Path) -> dict[str, Any]:
     """Run a job in a process whose home, and so whose cache of compiled graphs, is `home`."""
-    home.mkdir(exist_ok=True)
     job = replace(job, started=time.time())
     command = [sys.executable, "-P", "-m", "safelight.bench.cpu_worker", json.dumps(asdict(job))]
     environment = os.environ | {"HOME": str(home), "OMP_NUM_THREADS": str(job.threads)}

@@ -35,7 +35,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[Job]:
     return made
 
 
-def bench(tmp_path: Path, only: str, lines: list[str] | None = None, skip: str = "") -> list[Row]:
+def bench(tmp_path: Path, *only: str, lines: list[str] | None = None) -> list[Row]:
     rows: list[Row] = []
     lines = [] if lines is None else lines
     measure(
@@ -46,7 +46,6 @@ def bench(tmp_path: Path, only: str, lines: list[str] | None = None, skip: str =
         repeats=1,
         work=tmp_path / "work",
         only=only,
-        skip=skip,
         on_rows=rows.extend,
         on_line=lines.append,
     )
@@ -55,20 +54,21 @@ def bench(tmp_path: Path, only: str, lines: list[str] | None = None, skip: str =
 
 @needs_weights
 def test_ours_and_the_peers_are_compared_with_the_eager_reference(tmp_path: Path, calls: list[Job]) -> None:
-    rows = bench(tmp_path, "onnxruntime, image checker")
+    ours = ("onnxruntime, image checker", "onnxruntime, image checker, early exit")
+    rows = bench(tmp_path, *ours)
     latencies = {row.provider: row for row in rows if row.p50_ms is not None}
     assert [name for name in latencies if "diffusers" not in name] == [
         "torch cpu (eager reference)",
         "onnxruntime CPUExecutionProvider",
         "onnxruntime CPUExecutionProvider, early exit",
     ]
-    ours = latencies["onnxruntime CPUExecutionProvider"]
-    assert ours.refcheck_error < 1e-3 and "0 of 2 flags differ, verdict the same" in ours.refcheck
+    found = latencies["onnxruntime CPUExecutionProvider"]
+    assert found.refcheck_error < 1e-3 and "0 of 2 flags differ, verdict the same" in found.refcheck
     plain = next(row for name, row in latencies.items() if name.startswith("diffusers"))
     assert "pixel" in plain.refcheck and "of 2 flags differ" in plain.refcheck and plain.x_diffusers == 1
-    assert ours.x_diffusers == pytest.approx(plain.p50_ms / ours.p50_ms)
-    assert 0 < ours.pct_of_limit < 1000 and latencies[f"{ours.provider}, early exit"].pct_of_limit is None
-    units = [row.unit for row in rows if row.provider == ours.provider and row.value]
+    assert found.x_diffusers == pytest.approx(plain.p50_ms / found.p50_ms)
+    assert 0 < found.pct_of_limit < 1000 and latencies[f"{found.provider}, early exit"].pct_of_limit is None
+    units = [row.unit for row in rows if row.provider == found.provider and row.value]
     assert units == [
         "MB, peak resident",
         "s, process start to ready, first",
@@ -77,8 +77,9 @@ def test_ours_and_the_peers_are_compared_with_the_eager_reference(tmp_path: Path
     assert {row.shape for row in rows} == {"R1 P2 64x64 full decoder", "R1 P2 64x64 latent checker"}
 
     before = len(calls)
-    assert bench(tmp_path, "onnxruntime, image checker") == [] and len(calls) == before  # nothing twice
-    more = bench(tmp_path, "onnxruntime, latent checker", skip="early exit")
+    assert bench(tmp_path, *ours) == [] and len(calls) == before  # nothing twice
+    assert not list((tmp_path / "work").glob("*/home*")), "what was compiled is let go"
+    more = bench(tmp_path, "onnxruntime, latent checker")
     assert len(calls) == before + 2 and {row.shape for row in more} == {"R1 P2 64x64 latent checker"}
 
 
@@ -94,10 +95,17 @@ def test_a_peer_that_fails_has_no_row_and_ours_stops_the_run(
         return real(job, home)
 
     monkeypatch.setattr(cpu_paths, "_run", breaks)
-    assert not [row for row in bench(tmp_path, "bfloat16", lines) if "bf16" in row.provider]
+    tuned = [path.name for path in paths(open_bundle("shapes")) if path.name.startswith("diffusers bf16")]
+    assert not [row for row in bench(tmp_path, *tuned, lines=lines) if "bf16" in row.provider]
     assert len(lines) == 3 and all(line.endswith("no row: bench cpu: killed") for line in lines)
     with pytest.raises(SafelightError, match="killed"):
-        bench(tmp_path, "openvino, latent")
+        bench(tmp_path, "openvino, latent checker")
+
+
+def test_a_path_that_there_is_not_is_refused(tmp_path: Path, calls: list[Job]) -> None:
+    with pytest.raises(ValueError, match="no path is named openvino; `safelight bench cpu --list` says"):
+        bench(tmp_path, "openvino")
+    assert calls == []
 
 
 def test_every_backend_and_checker_is_a_path() -> None:
@@ -137,7 +145,7 @@ def test_a_generator_has_rows_that_are_held_against_no_detector(
     path = CpuPath("onnxruntime, generator, detector graph", "generator", options, starts=True)
     eager = next(paths(open_bundle("shapes")))
     monkeypatch.setattr(cpu_paths, "paths", lambda bundle: [eager, path])
-    rows = [row for row in bench(tmp_path, "generator") if row.stage != "detect on a processor"]
+    rows = [row for row in bench(tmp_path, path.name) if row.stage != "detect on a processor"]
     assert {row.stage for row in rows} == {"detect and generate on a processor"} and len(rows) == 4
     assert {row.provider for row in rows} == {"onnxruntime CPUExecutionProvider, detector graph"}
     assert rows[0].p50_ms > 0 and rows[0].x_eager is None and rows[0].pct_of_limit is None
@@ -146,11 +154,11 @@ def test_a_generator_has_rows_that_are_held_against_no_detector(
 
 def test_a_worker_is_a_process_that_prints_one_line(tmp_path: Path) -> None:
     options = {"backend": "onnxruntime", "checker": "latent", "early_exit": True}
-    found = cpu_paths._run(Job("ours", options, "shapes", "none", 2, 1, 1), tmp_path / "home")
+    found = cpu_paths._run(Job("ours", options, "shapes", "none", 2, 1, 1), tmp_path)
     assert found["provider"] == "onnxruntime CPUExecutionProvider" and len(found["times_ms"]) == 1
     assert 0 < found["ready_s"] < 120 and found["peak_bytes"] > 1e7
     with pytest.raises(SafelightError, match="bench cpu: .*backend must be"):
-        cpu_paths._run(Job("ours", {"backend": "none"}, "shapes", "none", 2, 1, 1), tmp_path / "home")
+        cpu_paths._run(Job("ours", {"backend": "none"}, "shapes", "none", 2, 1, 1), tmp_path)
 
 
 def test_flags_that_differ_are_counted() -> None:

@@ -200,8 +200,10 @@ def bench_engines(
 @click.option("--probes", type=click.IntRange(1), multiple=True, default=(1, 8), show_default=True)
 @click.option("--repeats", type=click.IntRange(1), default=5, show_default=True, help="Timed checks a path.")
 @click.option("--threads", type=click.IntRange(1), help="Processor threads.  [default: all]")
-@click.option("--only", default="", help="Paths whose name holds this, and what they are compared with.")
-@click.option("--skip", default="", help="Without the paths whose name holds this, such as `early exit`.")
+@click.option(
+    "--path", "only", multiple=True, help="These paths, and what they are compared with.  [default: all]"
+)
+@click.option("--list", "listed", is_flag=True, help="Name the paths of this bundle, and measure none.")
 @click.option(
     "--work",
     type=click.Path(path_type=Path),
@@ -216,8 +218,8 @@ def bench_cpu(
     probes: tuple[int, ...],
     repeats: int,
     threads: int | None,
-    only: str,
-    skip: str,
+    only: tuple[str, ...],
+    listed: bool,
     work: Path,
     out: Path,
 ) -> None:
@@ -225,9 +227,14 @@ def bench_cpu(
 
     Each in a process of its own, its rows written as soon as it is measured.
     """
-    from safelight.bench.cpu_paths import measure
+    from safelight.bench.cpu_paths import measure, paths
+    from safelight.engine.bundle import open_bundle
     from safelight.engine.doctor import cores
 
+    if listed:
+        for path in paths(open_bundle(bundle)):
+            click.echo(path.name)
+        return
     for count in probes:
         measure(
             bundle,
@@ -237,7 +244,6 @@ def bench_cpu(
             repeats=repeats,
             work=work,
             only=only,
-            skip=skip,
             on_rows=lambda rows: _report(rows, out / "cpu_paths.csv"),
             on_line=lambda line: click.echo(f"safelight: {line}", err=True),
         )
