@@ -1,4 +1,4 @@
-"""README.md and the model card quote rows: every figure of their tables is in the file that its line names.
+"""README.md, docs/figures.md and the model card quote rows: every figure of their tables is in the file that its line names.
 
 Format: a table with the columns `figure`, `measured`, `bar`, `rows`, `command`; `measured` begins with a
 number as it is quoted, and `rows` names a CSV file of bench/results. A figure is true when a cell of that
@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = ("README.md", "models/shapes/README.md")
+PAGES = ("README.md", "docs/figures.md", "models/shapes/README.md")
 HEADER = ["figure", "measured", "bar", "rows", "command"]
 
 
