@@ -1,4 +1,4 @@
-"""README.md, docs/figures.md and the model card quote rows: every figure of their tables is in the file that its line names.
+"""README.md, docs/figures.md and the model card quote rows: every figure is in the file that its line names.
 
 Format: a table with the columns `figure`, `measured`, `bar`, `rows`, `command`; `measured` begins with a
 number as it is quoted, and `rows` names a CSV file of bench/results. A figure is true when a cell of that

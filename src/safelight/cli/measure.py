@@ -228,6 +228,7 @@ def bench_cpu(
     Each in a process of its own, its rows written as soon as it is measured.
     """
     from safelight.bench.cpu_paths import measure, paths
+    from safelight.bench.cpu_plot import draw, read
     from safelight.engine.bundle import open_bundle
     from safelight.engine.doctor import cores
 
@@ -235,6 +236,7 @@ def bench_cpu(
         for path in paths(open_bundle(bundle)):
             click.echo(path.name)
         return
+    file = out / "cpu_paths.csv"
     for count in probes:
         measure(
             bundle,
@@ -244,9 +246,12 @@ def bench_cpu(
             repeats=repeats,
             work=work,
             only=only,
-            on_rows=lambda rows: _report(rows, out / "cpu_paths.csv"),
+            on_rows=lambda rows: _report(rows, file),
             on_line=lambda line: click.echo(f"safelight: {line}", err=True),
         )
+    most = max(probes)
+    draw(read(file, most), most, file.with_suffix(".png"))
+    click.echo(f"safelight: plot in {file.with_suffix('.png')}", err=True)
 
 
 @bench.command("agreement")
