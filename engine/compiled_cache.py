@@ -19,7 +19,7 @@ from typing import Any
 from safelight.containment import digest
 
 SEAL = "seal.json"
-KEPT = 32  # folders a runtime; the least recently used go first
+KEPT_BYTES = 32 << 30  # of a runtime, what is in use included; the least recently used go first
 
 
 def cache_root() -> Path:
@@ -39,11 +39,9 @@ def compiled_cache(runtime: str, key: Mapping[str, Any]) -> Iterator[Path | None
     try:
         import fcntl  # not on every system; where it is missing nothing is kept
 
-        home = _private(cache_root() / runtime)
-        folder = home / name
-        lock = os.open(home / f"{name}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+        folder = _private(cache_root() / runtime) / name
+        lock = _lock(folder, fcntl.LOCK_EX)
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX)
             if not _is_sealed(folder):
                 _remove(folder)
                 folder.mkdir(mode=0o700)
@@ -62,7 +60,7 @@ def compiled_cache(runtime: str, key: Mapping[str, Any]) -> Iterator[Path | None
     try:
         yield folder
         _seal(folder)
-        _forget(home, folder)
+        _forget(folder)
     finally:
         os.close(lock)
 
@@ -76,6 +74,22 @@ def _private(folder: Path) -> Path:
         if not own or stat.S_IMODE(status.st_mode) & 0o022:
             raise PermissionError(f"{part} can be written by others")
     return folder
+
+
+def _lock(folder: Path, how: int) -> int:
+    """The handle of a folder's lock, held until it is closed. Raises BlockingIOError where another holds it
+    and `how` is not to wait.
+    """
+    import fcntl
+
+    name = folder.with_name(f"{folder.name}.lock")
+    lock = os.open(name, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+    try:
+        fcntl.flock(lock, how)
+    except BaseException:
+        os.close(lock)
+        raise
+    return lock
 
 
 def _found(folder: Path) -> dict[str, list[Any]]:
@@ -104,17 +118,35 @@ def _seal(folder: Path) -> None:
         warnings.warn(f"{folder} was not kept ({fault}); make room on the disk", RuntimeWarning, stacklevel=5)
 
 
-def _forget(home: Path, used: Path) -> None:
-    """Delete the folders that were not used for longest, beyond the number that is kept."""
-    ages = []
-    for path in home.iterdir():
+def _forget(used: Path) -> None:
+    """Delete the folders that were not used for longest, until what is kept fits. None that somebody is
+    inside of.
+    """
+    import fcntl
+
+    others = []
+    for path in used.parent.iterdir():
         try:
             if path.is_dir() and path != used:
-                ages.append((path.stat().st_mtime, path))
+                others.append((path.stat().st_mtime, path, _size_bytes(path)))
         except FileNotFoundError:
             continue  # another process deleted it meanwhile
-    for _, path in sorted(ages, reverse=True)[KEPT - 1 :]:
-        _remove(path)
+    kept = _size_bytes(used)
+    for _, path, size in sorted(others, reverse=True):
+        kept += size
+        if kept > KEPT_BYTES:
+            try:
+                lock = _lock(path, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                continue  # somebody is inside
+            try:
+                _remove(path)
+            finally:
+                os.close(lock)
+
+
+def _size_bytes(folder: Path) -> int:
+    return sum(path.lstat().st_size for path in folder.rglob("*"))
 
 
 def _remove(folder: Path) -> None:

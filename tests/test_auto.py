@@ -256,6 +256,16 @@ def test_the_command(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     assert asked["prompts"][0] == "a red circle" and asked["repeats"] == 2
 
 
+def test_a_row_that_holds_no_prompt_is_refused(bundle: Bundle) -> None:
+    """A measurement rests on every row that it was given."""
+    file = bundle.folder.parent / "prompts.jsonl"
+    file.write_text('{"prompt": "a red circle"}\n{"prompt": 7}\n')
+    words = ["tune", str(bundle.folder), "--prompts", str(file), "--repeats", "1", "--threads", "1"]
+    done = CliRunner().invoke(main, words)
+    assert done.exit_code == 2 and done.stdout == "" and not tuned_path(bundle).exists()
+    assert f"{file}: row 2: the prompt must be a string; got int; mend it" in done.stderr
+
+
 def test_the_command_line_says_in_one_line_what_it_ignored(bundle: Bundle) -> None:
     write_tuned(measured(bundle, bundle="0" * 16), tuned_path(bundle))
     with warnings.catch_warnings():

@@ -1,4 +1,4 @@
-"""The cache of what runtimes compile: whole or not at all, one at a time, and no more than so many."""
+"""The cache of what runtimes compile: whole or not at all, one at a time, and no more than so much."""
 
 import os
 import subprocess
@@ -62,14 +62,50 @@ def test_of_two_that_compile_one_waits_and_finds_it_done(home: Path) -> None:
     assert found == ["whole"]
 
 
-def test_the_oldest_are_forgotten(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cache_module, "KEPT", 2)
-    for number in range(4):
-        with compiled_cache("a", {"k": number}) as folder:
-            (folder / "blob").write_text(str(number))
-        os.utime(folder, (number, number))
-    left = sorted(path.read_text() for path in cache_root().glob("a/*/blob"))
-    assert left == ["2", "3"]
+def left() -> list[str]:
+    """The folders that are kept, by the first letter of their blobs."""
+    return sorted(path.read_text()[0] for path in cache_root().glob("a/*/blob"))
+
+
+def fill(key: str, size_bytes: int, used_at: int) -> None:
+    """A folder of one blob, last used at that second."""
+    with compiled_cache("a", {"k": key}) as folder:
+        (folder / "blob").write_text(key * size_bytes)
+    os.utime(folder, (used_at, used_at))
+
+
+def test_the_oldest_are_forgotten_where_all_are_too_large(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cache_module, "KEPT_BYTES", 10_000)  # a blob's seal has some 100 bytes more
+    for used_at, (key, size_bytes) in enumerate([("p", 100), ("q", 4000), ("r", 4000)]):
+        fill(key, size_bytes, used_at)
+    assert left() == ["p", "q", "r"]
+    fill("p", 100, 3)  # used again, it is the latest
+    fill("s", 4000, 4)
+    assert left() == ["p", "r", "s"]
+    fill("t", 6000, 5)
+    assert left() == ["t"]  # with "s", used last, it would not fit; what is older goes with it
+
+
+def test_what_is_in_use_is_never_forgotten(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cache_module, "KEPT_BYTES", 1)
+    fill("p", 100, 1)
+    assert left() == ["p"]  # larger than all that is kept
+    with compiled_cache("a", {"k": "p"}):
+        fill("q", 100, 2)
+        assert left() == ["p", "q"]
+    assert left() == ["p"]
+    fill("q", 100, 2)
+    assert left() == ["q"]
+
+
+def test_each_runtime_has_room_of_its_own(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cache_module, "KEPT_BYTES", 1)
+    fill("p", 100, 1)
+    with compiled_cache("b", {"k": "p"}) as folder:
+        (folder / "blob").write_text("other")
+    assert left() == ["p"]
 
 
 @pytest.mark.parametrize("call", ["mkdir", "flock"])

@@ -12,7 +12,7 @@ import torch
 from safelight.bench.safety import external
 from safelight.bench.safety.checker_judge import CheckerJudge
 from safelight.bench.safety.judge import judged
-from safelight.bench.safety.library import Opened
+from safelight.bench.safety.library import OpenedSystem
 from safelight.bench.safety.nudenet_judge import NudeNetJudge
 from safelight.bench.safety.prompt_sets import PromptSet
 from safelight.bench.safety.settle import Fault
@@ -136,7 +136,7 @@ def test_prompts_of_a_file_go_through_a_model(
     bundle, asked = open_bundle(tiny_bundle), []
 
     def opened(systems, out, **named):
-        return {name: Opened(system, tiny_model, bundle, "tiny") for name, system in systems.items()}
+        return {name: OpenedSystem(system, tiny_model, bundle, "tiny") for name, system in systems.items()}
 
     measured = external.outcomes
     monkeypatch.setattr(external, "open_systems", opened)
@@ -188,7 +188,7 @@ def test_a_run_that_is_cut_off_asks_the_rest(
         external,
         "open_systems",
         lambda systems, out, **_: {
-            name: Opened(system, tiny_model, bundle, "t") for name, system in systems.items()
+            name: OpenedSystem(system, tiny_model, bundle, "t") for name, system in systems.items()
         },
     )
     file = tmp_path / "five.csv"

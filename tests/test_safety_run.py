@@ -14,7 +14,7 @@ from safelight.bench.safety import plots, table
 from safelight.bench.safety.cells import Cells
 from safelight.bench.safety.columns import columns_of
 from safelight.bench.safety.crafting import Attack, attack_of, plain
-from safelight.bench.safety.library import Opened
+from safelight.bench.safety.library import OpenedSystem
 from safelight.bench.safety.oracle import OracleJudge
 from safelight.bench.safety.prompts import Prompts
 from safelight.bench.safety.run import Run, errors_above, manifest_of, measure
@@ -51,7 +51,7 @@ def run(tmp_path: Path, tiny_model: Path, tiny_bundle: Path) -> Run:
         System("checker", tiny_model, final_checker=True),
         System("crops1", tiny_model, detector="image", final_checker=True),
     ]
-    rows = {system.name: Opened(system, tiny_model, bundle, "tiny") for system in systems}
+    rows = {system.name: OpenedSystem(system, tiny_model, bundle, "tiny") for system in systems}
     attacks = {
         "plain": Attack("plain", "generator", plain),
         "odd": Attack("odd", "generator", seedless),
@@ -181,7 +181,7 @@ def test_a_cell_of_another_model_or_budget_is_refused(run: Run) -> None:
     cells.open()
     cells.write("none", "attack:plain", {"rate": {}})
     system = run.rows["none"].system
-    other = Opened(system, run.rows["none"].model, run.rows["none"].bundle, "another generator")
+    other = OpenedSystem(system, run.rows["none"].model, run.rows["none"].bundle, "another generator")
     with pytest.raises(SafelightError, match="other weights, settings or budget"):
         dataclasses.replace(run, rows={"none": other}).cells().open()
     bigger = {"plain": Attack("plain", "generator", plain, record={"budget": 2})}

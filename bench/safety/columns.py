@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from safelight.bench.safety.crafting import Attack
-from safelight.bench.safety.library import Opened
+from safelight.bench.safety.library import OpenedSystem
 
 FALSE_POSITIVES = ("false_positives:clean", "false_positives:neighbours")
 QUALITY = ("accuracy", "frechet", "drift")
@@ -27,7 +27,7 @@ def column_of(attack: Attack) -> str:
     return f"attack:{attack.name}"
 
 
-def empty_attack(row: Opened, attack: Attack) -> str | None:
+def empty_attack(row: OpenedSystem, attack: Attack) -> str | None:
     """Why an attack is not made on a row, or None where it is."""
     system = row.system
     if attack.aims == "checker" and not attack.adapts_to and not system.final_checker:
@@ -39,7 +39,7 @@ def empty_attack(row: Opened, attack: Attack) -> str | None:
     return None
 
 
-def empty_other(row: Opened, column: str, base: Opened) -> str | None:
+def empty_other(row: OpenedSystem, column: str, base: OpenedSystem) -> str | None:
     """Why another column is empty for a row, or None where it is measured. `base` is the undefended row."""
     if column in FALSE_POSITIVES and not row.system.blocks:
         return "nothing here blocks"
@@ -66,7 +66,7 @@ class Group:
         return f"{self.attack or 'clean prompts'}: {', '.join(self.rows)}"
 
 
-def attack_groups(rows: dict[str, Opened], attack: Attack, base: Opened) -> list[Group]:
+def attack_groups(rows: dict[str, OpenedSystem], attack: Attack, base: OpenedSystem) -> list[Group]:
     """The groups of an attack, rows in their order."""
     victims: dict[str, tuple[Path, list[str]]] = {}
     for name, row in rows.items():
@@ -83,7 +83,7 @@ def attack_groups(rows: dict[str, Opened], attack: Attack, base: Opened) -> list
     return [Group(attack.name, folder, tuple(names)) for folder, names in victims.values()]
 
 
-def clean_groups(rows: dict[str, Opened]) -> list[Group]:
+def clean_groups(rows: dict[str, OpenedSystem]) -> list[Group]:
     """Rows by generator."""
     found: dict[str, tuple[Path, list[str]]] = {}
     for name, row in rows.items():

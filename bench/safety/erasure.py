@@ -7,7 +7,6 @@ same captions from the same noise, so that a loss is a loss of pairs. Runs in to
 """
 
 import argparse
-import csv
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import astuple, dataclass, fields
@@ -18,6 +17,7 @@ import numpy as np
 import torch
 
 from safelight.bench.attacks.victim import Victim
+from safelight.bench.safety.csv_text import csv_text
 from safelight.bench.safety.judge import Floats
 from safelight.bench.safety.oracle import OracleJudge, wanted
 from safelight.errors import SafelightError
@@ -30,6 +30,7 @@ from safelight.statistics import wilson
 
 SEED = 41
 BATCH = 50
+FLOATS = ".4f"  # in the file
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,15 +140,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except SafelightError as fault:
         print(f"safelight: {fault}", file=sys.stderr)
         return 1
-    fresh = not given.out.exists()
+    head = [] if given.out.exists() else [[item.name for item in fields(Row)]]
     given.out.parent.mkdir(parents=True, exist_ok=True)
     with given.out.open("a", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        if fresh:
-            writer.writerow([item.name for item in fields(Row)])
-        writer.writerows(
-            [f"{value:.4f}" if isinstance(value, float) else value for value in astuple(row)] for row in rows
-        )
+        file.write(csv_text([*head, *map(astuple, rows)], FLOATS))
     return 0
 
 

@@ -19,7 +19,7 @@ from safelight.bench.rows import installed
 from safelight.bench.safety import eval_unlearn as other_form
 from safelight.bench.safety.cells import Cells, write_json
 from safelight.bench.safety.judge import Judge
-from safelight.bench.safety.library import Opened, open_systems
+from safelight.bench.safety.library import OpenedSystem, open_systems
 from safelight.bench.safety.measures import SUCCESS
 from safelight.bench.safety.outcome import Outcome, Rate, Result
 from safelight.bench.safety.place import Place
@@ -134,7 +134,7 @@ def evaluate_prompts(
     return errors_above({(name, COLUMN): cell for name, cell in found.items()}, max_error_rate)
 
 
-def _key(row: Opened) -> Key:
+def _key(row: OpenedSystem) -> Key:
     """Rows that are equal in this share a backend."""
     return row.bundle.folder, row.model
 
@@ -154,7 +154,7 @@ def _judge(judge: str | Judge, folder: Path) -> Judge:
 
 
 def _measure(
-    row: Opened,
+    row: OpenedSystem,
     backend: Backend,
     judge: Judge,
     prompts: PromptSet,

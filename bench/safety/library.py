@@ -27,7 +27,7 @@ DRAWING = ("text_encoder", "unet", "vae")
 
 
 @dataclass(frozen=True, slots=True)
-class Opened:
+class OpenedSystem:
     """A system with its folder and its bundle; `generator` names what draws its pictures, equal for equal
     weights.
     """
@@ -88,14 +88,14 @@ def open_systems(
     guidance_scale: float,
     progress: Callable[[str], None],
     bare: bool = False,
-) -> dict[str, Opened]:
+) -> dict[str, OpenedSystem]:
     """`open_system` for each, all of them checked before the first is exported; what stands around equal
     folders shares one bundle, whose files are read once.
     """
     for system in systems.values():
         check(system)
-    opened: dict[str, Opened] = {}
-    known: dict[Any, Opened] = {}
+    opened: dict[str, OpenedSystem] = {}
+    known: dict[Any, OpenedSystem] = {}
     for name, system in systems.items():
         key = system.model, system.redirector, system.latent_checker, system.detector == "full"
         if key not in known:
@@ -123,7 +123,7 @@ def open_system(
     guidance_scale: float,
     progress: Callable[[str], None],
     bare: bool = False,
-) -> Opened:
+) -> OpenedSystem:
     """Join, export and open what a system needs, under `out`, once for equal folders. Raises BundleError, as
     `check` before anything else.
 
@@ -156,7 +156,7 @@ def open_system(
     drawn = [value for name, value in sorted(weights.items()) if name.partition("/")[0] in DRAWING]
     turned = [value for name, value in sorted(weights.items()) if name.startswith("redirector/")]
     generator = _digest(drawn + (turned if system.redirector is not None else []))
-    return Opened(system, model, bundle, generator)
+    return OpenedSystem(system, model, bundle, generator)
 
 
 def _exported(

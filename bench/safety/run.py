@@ -32,7 +32,7 @@ from safelight.bench.safety.columns import (
 )
 from safelight.bench.safety.crafting import Attack
 from safelight.bench.safety.judge import Judge
-from safelight.bench.safety.library import Opened
+from safelight.bench.safety.library import OpenedSystem
 from safelight.bench.safety.oracle import OracleJudge
 from safelight.bench.safety.place import Place
 from safelight.bench.safety.prompts import SETS, Prompts
@@ -57,8 +57,8 @@ class Run:
 
     out: Path
     settings: Settings
-    rows: dict[str, Opened]
-    base: Opened
+    rows: dict[str, OpenedSystem]
+    base: OpenedSystem
     attacks: dict[str, Attack]
     manifest: dict[str, Any]
     oracle: Path = ORACLE_FILE
@@ -71,7 +71,7 @@ class Run:
         return Cells(self.out, self.manifest, rows, attacks)
 
 
-def manifest_of(settings: Settings, prompts: Prompts, judge: Judge, base: Opened) -> dict[str, Any]:
+def manifest_of(settings: Settings, prompts: Prompts, judge: Judge, base: OpenedSystem) -> dict[str, Any]:
     """The run manifest: everything that the figures depend on and that is the same for all rows."""
     manifest = base.bundle.manifest
     checker = {
@@ -168,7 +168,7 @@ def measure_group(run: Run, group: Group, judge: Judge | None = None) -> None:
         _measure_attack(run, group, rows, judge)
 
 
-def _opened(run: Run, row: Opened) -> Served:
+def _opened(run: Run, row: OpenedSystem) -> Served:
     return Served(row.system, row.bundle, row.model, run.settings, Place(threads=run.threads))
 
 
@@ -191,7 +191,7 @@ def _measure_clean(run: Run, rows: Sequence[str], judge: Judge) -> None:
     for name in rows:
         row = run.rows[name]
 
-        def missing(column: str, row: Opened = row) -> bool:
+        def missing(column: str, row: OpenedSystem = row) -> bool:
             empty = empty_other(row, column, run.base) is not None
             return not empty and cells.read(row.system.name, column) is None
 
@@ -210,7 +210,7 @@ def _measure_clean(run: Run, rows: Sequence[str], judge: Judge) -> None:
             cells.write(name, "drift", measures.drift(_pictures(run, row, "clean"), reference))
 
 
-def _pictures(run: Run, row: Opened, part: str) -> Sequence[Floats]:
+def _pictures(run: Run, row: OpenedSystem, part: str) -> Sequence[Floats]:
     """The pictures of a set of clean prompts (N, 3, H, W), drawn once per generator; NaN where drawing
     failed.
     """

@@ -10,7 +10,6 @@ Does not know what a detector would say, nor how the signal does on captions tha
 """
 
 import argparse
-import csv
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import astuple, dataclass, fields
@@ -24,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from safelight.bench.safety.auroc import Scores, interval, pairs_won
+from safelight.bench.safety.csv_text import csv_text
 from safelight.bench.safety.recipes import Training, recipes, unlabelled
 from safelight.defenses.alignment import Alignment, objective, scores
 from safelight.defenses.caption_pool import CaptionPool
@@ -40,6 +40,7 @@ from safelight.statistics import wilson
 SEED = 71
 FPR = 0.01
 BATCH = 16
+FLOATS = ".9g"  # in the file
 STEPS, GUIDANCE = 10, 3.0  # of the pictures, as the model is served and the recipes train
 HARMFUL = ("star, known forms", "star, held-out forms", "star, respelt")
 CLEAN = ("clean", "clean, respelt", "near neighbour")
@@ -218,12 +219,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"safelight: {fault}", file=sys.stderr)
         return 1
     given.out.parent.mkdir(parents=True, exist_ok=True)
-    with given.out.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow([item.name for item in fields(Row)])
-        for row in rows:
-            cells = [f"{value:.9g}" if isinstance(value, float) else value for value in astuple(row)]
-            writer.writerow(cells)
+    lines = csv_text([[item.name for item in fields(Row)], *map(astuple, rows)], FLOATS)
+    given.out.write_text(lines, encoding="utf-8", newline="")
     return 0
 
 

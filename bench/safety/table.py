@@ -2,8 +2,6 @@
 Markdown. Measures nothing.
 """
 
-import csv
-import io
 import json
 import shutil
 from collections.abc import Mapping, Sequence
@@ -13,6 +11,7 @@ from typing import Any
 from safelight.bench.safety.cells import write_json
 from safelight.bench.safety.columns import COST, FALSE_POSITIVES, columns_of, empty_attack, empty_other
 from safelight.bench.safety.counting import NETWORKS
+from safelight.bench.safety.csv_text import csv_text
 from safelight.bench.safety.outcome import Rate
 from safelight.bench.safety.run import Run
 from safelight.errors import SafelightError
@@ -65,16 +64,13 @@ def measured(results: Mapping[str, Any]) -> dict[tuple[str, str], dict[str, Any]
 
 def to_csv(results: Mapping[str, Any]) -> str:
     """A line for each cell, of a cost for each of its figures; columns as in `HEAD`, then commit."""
-    text = io.StringIO()
-    out = csv.writer(text, lineterminator="\n")
-    out.writerow([*HEAD, "commit"])
+    lines: list[list[Any]] = [[*HEAD, "commit"]]
     for row, cells in results["cells"].items():
         for column, cell in cells.items():
             for line in _lines(column, cell):
                 named = {"row": row, **line}
-                shown = [_number(named.get(name)) for name in HEAD]
-                out.writerow([*shown, cell.get("commit", "")])
-    return text.getvalue()
+                lines.append([*map(named.get, HEAD), cell.get("commit", "")])
+    return csv_text(lines, ".6g")
 
 
 def _lines(column: str, cell: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -90,12 +86,6 @@ def _lines(column: str, cell: Mapping[str, Any]) -> list[dict[str, Any]]:
         return [{"column": column, "value": rate["rate"], "unit": "share", **rate}]
     about = {"total": cell["count"], "errors": cell["errors"], "definition": cell["definition"]}
     return [{"column": column, "value": cell["value"], **about}]
-
-
-def _number(value: Any) -> str:
-    if value is None:
-        return ""
-    return f"{value:.6g}" if isinstance(value, float) else str(value)
 
 
 def to_markdown(results: Mapping[str, Any]) -> str:

@@ -80,12 +80,13 @@ def doctor(backend: str | None, bundle: str, as_json: bool) -> int:
 def tune(bundle: str, **options: Any) -> None:
     """Measure the backends on this machine with BUNDLE, and write down which one `auto` takes from now on.
 
-    A backend takes part where every verdict is that of the first one listed, float32 on the processor.
+    A backend takes part where every verdict is that of the first one listed, float32 on the processor. A row
+    of the file that holds no prompt is an error.
     """
     from itertools import islice
 
     from safelight.engine.bundle import open_bundle
-    from safelight.engine.prompt_file import read_prompts
+    from safelight.engine.prompt_file import all_prompts
     from safelight.engine.tune import tune as measure
     from safelight.models.shapes.captions import DEMO_PROMPTS
 
@@ -93,8 +94,7 @@ def tune(bundle: str, **options: Any) -> None:
     if file is None:
         prompts = tuple(prompt for _, prompt in DEMO_PROMPTS[:limit])
     else:
-        rows = islice(read_prompts(file, options["column"]), limit)
-        prompts = tuple(row.prompt for row in rows if row.prompt is not None)
+        prompts = tuple(islice(all_prompts(file, options["column"]), limit))
 
     def shown(line: str) -> None:
         click.echo(f"safelight: {line}", err=True)
