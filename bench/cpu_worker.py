@@ -59,7 +59,6 @@ def matrix_peak(threads: int, dtype: str) -> float:
 def integer_peak(threads: int) -> float:
     """Best operations per second of a square matrix product of bytes (uint8 by int8) in ONNX Runtime."""
     import onnx_ir as ir
-    import onnxruntime as ort
 
     square, generator = (PEAK_SIZE, PEAK_SIZE), np.random.default_rng(0)
     a = ir.Value(name="a", shape=ir.Shape(square), type=ir.TensorType(ir.DataType.UINT8))

@@ -8,16 +8,18 @@ numpy.
 from typing import Any
 
 import numpy as np
-import openvino as ov
 from numpy.typing import NDArray
 
 from safelight.engine.bundle import Bundle
 from safelight.engine.neighbourhood import Neighbourhood, Request
+from safelight.engine.runtimes import import_openvino
 from safelight.engine.signal_stack import own_signal_stack
 from safelight.engine.tokenizer import PromptTokenizer
 from safelight.errors import SafelightError
 from safelight.kernels import host
 from safelight.probe import ProbeConfig
+
+ov = import_openvino()
 
 PARTS = ("text_encoder", "unet", "vae_decoder", "safety_checker")
 

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnxruntime as ort
 
 from safelight.engine.backends import INT8, Array, Stage, axes_of, check_int8, int8_of, lanes_of
 from safelight.engine.backends.host_outputs import HostOutputs
@@ -19,8 +18,11 @@ from safelight.engine.backends.onnxruntime_session import CPU, PROVIDERS, Provid
 from safelight.engine.backends.opened import Opened
 from safelight.engine.bundle import Bundle
 from safelight.engine.doctor import cores
+from safelight.engine.runtimes import import_onnxruntime
 from safelight.errors import BundleError
 from safelight.manifest import GraphEntry
+
+ort = import_onnxruntime()
 
 
 class OrtStage:

@@ -10,11 +10,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import onnxruntime as ort
 
 from safelight.engine.backends import Array, axes_of, key_of, shape_of
+from safelight.engine.runtimes import import_onnxruntime
 from safelight.errors import ShapeError
 from safelight.manifest import GraphEntry
+
+ort = import_onnxruntime()
 
 PLANS = 32  # sets of tensors that a stage keeps on the device
 DeviceTensor = Any  # onnxruntime.OrtValue, which has no types

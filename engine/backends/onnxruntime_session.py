@@ -11,9 +11,10 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-import onnxruntime as ort
-
+from safelight.engine.runtimes import import_onnxruntime
 from safelight.errors import BackendUnavailable, BundleError
+
+ort = import_onnxruntime()
 
 CPU = "CPUExecutionProvider"
 # What computes on whole tensors. The rest, such as arithmetic on shapes, providers leave on the processor on

@@ -18,7 +18,6 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
-import openvino as ov
 
 from safelight.engine.backends import INT8, Array, Stage, axes_of, check_int8, int8_of, lanes_of
 from safelight.engine.backends.host_outputs import HostOutputs
@@ -26,9 +25,12 @@ from safelight.engine.backends.opened import Opened
 from safelight.engine.bundle import Bundle
 from safelight.engine.compiled_cache import compiled_cache
 from safelight.engine.doctor import cores, cpu_flags, cpu_name
+from safelight.engine.runtimes import import_openvino
 from safelight.engine.signal_stack import own_signal_stack
 from safelight.errors import BackendUnavailable, BundleError
 from safelight.manifest import GraphEntry
+
+ov = import_openvino()
 
 # Graphs that bfloat16 may run: many probes vote on what these show. Where one look decides, and in the small
 # graphs, which cost little, the computation stays in float32.

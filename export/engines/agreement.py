@@ -11,14 +11,16 @@ from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
-import onnxruntime as ort
 
 from safelight.engine.backends import Array
 from safelight.engine.bundle import Bundle
 from safelight.engine.precision import lower, save_graph
+from safelight.engine.runtimes import import_onnxruntime
 from safelight.errors import ExportError
 from safelight.export.verify import DECISIONS, Case, draw
 from safelight.manifest import GraphEntry
+
+ort = import_onnxruntime()
 
 UNIT = {"fp16": 2.0**-11, "bf16": 2.0**-8}  # the largest relative error of one rounding
 # Roundings of one network are independent, so a hundred of them one after the other add up to ten units.

@@ -11,12 +11,14 @@ from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
-import onnxruntime as ort
 
 from safelight.engine.backends import Array
 from safelight.engine.precision import save_graph
+from safelight.engine.runtimes import import_onnxruntime
 from safelight.errors import ExportError, SafelightError
 from safelight.export.int8.rewrite import Range, watched
+
+ort = import_onnxruntime()
 
 _FINITE = "finite"  # the output by which a detector says that a probe was whole
 _EXTREMES = ("ReduceMin", "ReduceMax")
