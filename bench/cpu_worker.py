@@ -60,6 +60,9 @@ def integer_peak(threads: int) -> float:
     """Best operations per second of a square matrix product of bytes (uint8 by int8) in ONNX Runtime."""
     import onnx_ir as ir
 
+    from safelight.engine.runtimes import import_onnxruntime
+
+    ort = import_onnxruntime()
     square, generator = (PEAK_SIZE, PEAK_SIZE), np.random.default_rng(0)
     a = ir.Value(name="a", shape=ir.Shape(square), type=ir.TensorType(ir.DataType.UINT8))
     weight = generator.integers(-127, 128, square, dtype=np.int8)
