@@ -1,9 +1,11 @@
 """CLIP's tokenizer from a bundle's files, without transformers: text to the ids that the model reads.
 
 The same normalisation, split and byte-pair merges as transformers' `CLIPTokenizer`, special tokens inside a
-prompt included, since what is screened must be what the model would read.
+prompt included, since what is screened must be what the model would read. Where its versions read a text
+differently there is no such thing, and the text is refused.
 """
 
+import unicodedata
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -44,7 +46,8 @@ class PromptTokenizer:
         """Ids int64 (W,), and how many tokens did not fit, at most, into a window.
 
         W is L for each text encoder in turn, each window begun, ended and filled up. Raises ValueError for
-        text over 32,000 characters, or that is not valid Unicode.
+        text over 32,000 characters, that is not valid Unicode, or with a character inside of a word that some
+        tokenizers leave out (zero-width, control, unassigned), so that others would read another word.
         """
         if len(text) > MAX_CHARACTERS:
             raise ValueError(f"a prompt has at most {MAX_CHARACTERS} characters; got {len(text)}; shorten it")
@@ -54,8 +57,31 @@ class PromptTokenizer:
             raise ValueError(
                 f"a prompt must be valid Unicode text; got a lone surrogate at {fault.start}"
             ) from None
+        if (at := _unseen_in_word(text)) is not None:
+            raise ValueError(
+                f"a prompt must read the same everywhere; got U+{ord(text[at]):04X} inside of a word, at "
+                f"{at}, which some tokenizers leave out; take it out"
+            )
         windows = [_window(tokenizer, tokens, text) for tokenizer, tokens in self._windows]
         return np.concatenate([ids for ids, _ in windows]), max(truncated for _, truncated in windows)
+
+
+def _unseen_in_word(text: str) -> int | None:
+    """Where a character of category C, other than tab and line ends, stands beside a letter or a number with
+    more text at its other side. Older versions of transformers' tokenizer leave these characters out.
+    """
+    if text.isprintable():
+        return None
+    before, unseen = " ", None
+    for at, char in enumerate(text):
+        if unicodedata.category(char)[0] == "C" and char not in "\t\n\r":
+            unseen = at if unseen is None else unseen
+            continue
+        beside = "" if before.isspace() or char.isspace() else before + char
+        if unseen is not None and any(unicodedata.category(other)[0] in "LN" for other in beside):
+            return unseen
+        before, unseen = char, None
+    return None
 
 
 def open_tokenizer(bundle: Bundle) -> PromptTokenizer:

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import example, given, settings
+from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 from transformers import CLIPTokenizer
 
-from safelight.engine.tokenizer import MAX_CHARACTERS, PromptTokenizer
+from safelight.engine.tokenizer import MAX_CHARACTERS, PromptTokenizer, _unseen_in_word
 from safelight.errors import BundleError
 from safelight.manifest import Tokens
 
@@ -130,6 +130,7 @@ PROMPTS = st.one_of(st.text(max_size=60), st.lists(PIECES, max_size=40).map("".j
 @given(text=PROMPTS)
 def test_ids_are_those_of_transformers(pair, text: str) -> None:
     ours, theirs = pair
+    assume(_unseen_in_word(text) is None)
     ids, truncated = ours.encode(text)
     wanted = theirs(text, padding="max_length", truncation=True, max_length=WINDOW)["input_ids"]
     assert ids.dtype == np.int64 and ids.tolist() == wanted
@@ -153,6 +154,33 @@ def test_what_is_no_prompt_is_refused(pair) -> None:
     for text, at in (("\ud83d", 0), ("ab\udc00c", 2)):
         with pytest.raises(ValueError, match=f"lone surrogate at {at}"):
             ours.encode(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "at"),
+    [
+        ("a yellow st\u200bar", 11),
+        ("a yellow st\u200d\u00adar", 11),
+        ("st\x0bar", 2),  # white space here, nothing elsewhere
+        ("$\u2060tar", 1),
+        (
+            "a yellow star".encode("utf-16-le").decode(),
+            5,
+        ),  # U+0000 after every letter; those before it stand beside spaces
+        ("x\ue000y", 1),
+    ],
+)
+def test_a_word_that_some_tokenizers_would_read_otherwise_is_refused(pair, text: str, at: int) -> None:
+    with pytest.raises(ValueError, match=f"inside of a word, at {at}, which some"):
+        pair[0].encode(text)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["👩\u200d👩\u200d👧 a star", "❤\ufe0f\u200d🔥", "\ufeffa star", "a\u200b star", "a\tstar\r\nred", "é ½"],
+)
+def test_unseen_characters_beside_words_are_read(pair, text: str) -> None:
+    assert len(pair[0].encode(text)[0]) == WINDOW
 
 
 def no_vocabulary(folder: Path) -> None:
