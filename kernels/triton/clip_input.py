@@ -1,5 +1,4 @@
-"""A decoder's pictures to the checker's input: levels, antialiased bicubic, crop and normalisation, two
-launches.
+"""A decoder's pictures to the checker's input: levels, antialiased bicubic, crop, normalisation; two passes.
 
 Body of `fused.clip_input`: one pass along each axis, in Pillow's order, with its rounding to 8 bits between
 them. Levels go from pass to pass in float16, which holds 0 .. 255 exactly and, unlike a byte, also what is
@@ -8,7 +7,7 @@ not finite. Pictures come in any memory order. Taps are those of `kernels.resize
 A plane is a channel of a picture or, in a pass down where channels lie last on both sides, all three, whose
 columns are the channels in turn. Along a row the pixels under a filter begin anywhere; down a column each tap
 is a run of memory, which `resize_runs` moves 16 bytes at once where start and pitch of the rows allow it.
-Grid sizes of a pass: rows and columns of its result, pictures, planes of a picture.
+Grid sizes of a pass: rows and columns of its result (these in units), pictures, planes of a picture.
 """
 # The parameters of jitted functions are Triton values, which have no types here.
 # mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator, no-any-return"
@@ -163,7 +162,7 @@ KERNEL = Kernel(
         for across in (True, False)
         for decoded in (True, False)
     ),
-    grid="(rows, planes * pictures, ceil(columns / BLOCK))",
+    grid="(rows, planes * pictures, ceil(UNIT * columns / BLOCK))",
 )
 RUNS = Kernel(
     name="resize_runs",
@@ -271,8 +270,8 @@ def _runs(tensor: Tensor) -> Tensor:
 
 def _in_eights(tensor: Tensor) -> bool:
     """Whether rows have no gaps, and they and the steps between them are multiples of 16 bytes of float16."""
-    lengths = (tensor.shape[3], *tensor.stride()[:3])
-    return tensor.stride(3) == 1 and all(n % EIGHT == 0 for n in lengths) and tensor.data_ptr() % 16 == 0
+    eights = all(n % EIGHT == 0 for n in (tensor.shape[3], *tensor.stride()[:3]))
+    return eights and tensor.stride(3) == 1 and tensor.data_ptr() % 16 == 0
 
 
 def _pass(
@@ -288,20 +287,14 @@ def _pass(
 ) -> None:
     if not across and _interleaved(source) and _interleaved(out):
         source, out = _runs(source), _runs(out)
-    wide = not across and _in_eights(source) and _in_eights(out)
-    kernel, unit = (RUNS, EIGHT) if wide else (KERNEL, 1)
+    kernel, unit = (RUNS, EIGHT) if not across and _in_eights(source) and _in_eights(out) else (KERNEL, 1)
     chosen = tuned(kernel.name, out, size=out.shape[3])
     (_, planes, height, width), (rows, columns) = source.shape, out.shape[2:]
     tensors = (source, out, out if finite is None else finite, taps.firsts, taps.counts, taps.weights)
     sizes = (height, width // unit, rows, columns // unit, len(taps.weights), planes)
-    strides = [
-        stride // unit if axis < 3 else stride
-        for side in (source, out)
-        for axis, stride in enumerate(side.stride())
-    ]
+    strides = [n // unit if axis < 3 else n for side in (source, out) for axis, n in enumerate(side.stride())]
     arguments: dict[str, Argument] = dict(zip(_POINTERS, (*tensors, mean, deviation), strict=True))
     arguments |= dict(zip((*_SIZES, *_STRIDES), (*sizes, *strides), strict=True))
-    values = (across, not last, finite is not None, unit, chosen.block)
-    constants = dict(zip(_CONSTANTS, values, strict=True))
+    constants = dict(zip(_CONSTANTS, (across, not last, finite is not None, unit, chosen.block), strict=True))
     constants |= {"num_warps": chosen.num_warps, "num_stages": chosen.num_stages}
     launch(kernel, (rows, planes * len(source), -(-columns // chosen.block)), arguments, constants)
