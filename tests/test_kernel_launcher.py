@@ -247,6 +247,23 @@ def test_a_stale_folder_is_not_opened(folder: Path, stub: Stub, tmp_path: Path) 
 
 
 @needs_compiler
+def test_a_kernel_of_other_sources_is_refused_alone(folder: Path, stub: Stub, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(folder, tmp_path / "copy"))
+    values = json.loads((copy / MANIFEST).read_text())
+    values["kernels"][0]["sources"]["kernel.py"] = "0" * 64
+    (copy / MANIFEST).write_text(json.dumps(values))
+    told = (
+        "the kernel axpy was compiled from another kernel.py than is here; build again with `safelight kern"
+    )
+    with opened(copy, stub) as library:
+        library.function("product_fp16")
+        for name in ("axpy_fp16", "axpy_bf16"):
+            with pytest.raises(SafelightError, match=told):
+                library.function(name)
+    assert stub.log.count("load ELF") == 1
+
+
+@needs_compiler
 def test_a_closed_library_launches_nothing(folder: Path, stub: Stub) -> None:
     library = opened(folder, stub)
     kernel = library.function("axpy_bf16")
