@@ -252,14 +252,10 @@ def test_a_kernel_of_other_sources_is_refused_alone(folder: Path, stub: Stub, tm
     values = json.loads((copy / MANIFEST).read_text())
     values["kernels"][0]["sources"]["kernel.py"] = "0" * 64
     (copy / MANIFEST).write_text(json.dumps(values))
-    told = (
-        "the kernel axpy was compiled from another kernel.py than is here; build again with `safelight kern"
-    )
     with opened(copy, stub) as library:
         library.function("product_fp16")
-        for name in ("axpy_fp16", "axpy_bf16"):
-            with pytest.raises(SafelightError, match=told):
-                library.function(name)
+        with pytest.raises(SafelightError, match="axpy was compiled from another kernel.py than"):
+            library.function("axpy_bf16")
     assert stub.log.count("load ELF") == 1
 
 

@@ -201,6 +201,9 @@ def test_a_manifest_that_was_written_by_hand_is_refused(two: Path, tmp_path: Pat
 
     with pytest.raises(SafelightError, match="holds no kernels.json; build again"):
         KernelManifest.read(tmp_path)
+    sources, whole["kernels"][0]["sources"] = whole["kernels"][0]["sources"], {}
+    refused("axpy names no file that it was made from")
+    whole["kernels"][0]["sources"] = sources
     variant = whole["kernels"][0]["variants"][0]
     variant["arguments"][4]["offset_bytes"] = 36
     refused("do not lie as a C struct's members do")

@@ -125,6 +125,10 @@ class CompiledKernel:
     sources: Mapping[str, str]
     variants: tuple[CompiledVariant, ...]
 
+    def __post_init__(self) -> None:
+        if not self.sources:
+            raise ValueError(f"{self.name} names no file that it was made from")
+
     def check_fresh(self, *, sources: Mapping[str, str] | None = None) -> None:
         """Raises SafelightError where a file that the kernel was made from is another one here, or none."""
         here = file_digests() if sources is None else sources
