@@ -55,6 +55,7 @@ def cases(device: str, dtype: torch.dtype) -> Iterator[tuple[str, int, list[Sett
     normal = {"mean": torch.zeros(3, device=device), "deviation": torch.ones(3, device=device)}
     checked = partial(bodies["clip_input"], pictures, 224, **normal)
     yield "resize_axis", 224, _settings((64, 128, 256), (1, 2, 4)), checked
+    yield "resize_runs", 224, _settings((256, 512, 1024), (1, 2, 4)), checked
     known = fused.Concepts(
         *(torch.ones(shape, device=device) for shape in ((17, 768), (17,), (3, 768), (3,)))
     )

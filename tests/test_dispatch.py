@@ -182,7 +182,7 @@ def test_every_call_that_is_served_has_a_variant_and_the_grid_of_its_rule(
         "probe_latents": ["probe_rotate"],
         "guidance_step": ["guidance_moments", "guidance_step"],
         "latent_to_x0": ["latent_to_x0"],
-        "clip_input": ["resize_axis", "resize_axis"],
+        "clip_input": ["resize_axis", "resize_runs"],
         "margin_vote": ["margin_vote"],
         "concept_vote": ["concept_margins", "margin_vote"],
     }

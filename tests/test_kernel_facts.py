@@ -28,13 +28,14 @@ WIDE = {
     "guidance_step": ("load", "store"),
     "latent_to_x0": ("load", "store"),
     "concept_margins": ("load",),
+    "resize_runs": ("load", "store"),
 }
 # variants that draw what they would load
 DRAWN = "probe_latents"
 # rows of 64 elements, two for each thread of the one warp that has them: as wide as that is
 SHORT = re.compile(r"probe_rotate_\w+?_64(_circular)?")
 NARROW = {
-    "resize_axis": "the pixels under a filter begin anywhere, whatever the row is aligned to",
+    "resize_axis": "the pixels under a filter begin anywhere, and so do rows that are not aligned",
     "margin_vote": "a probe has a handful of margins, and they lie apart in the block",
 }
 SOME = """

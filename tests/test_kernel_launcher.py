@@ -247,6 +247,23 @@ def test_a_stale_folder_is_not_opened(folder: Path, stub: Stub, tmp_path: Path) 
 
 
 @needs_compiler
+def test_a_kernel_of_other_sources_is_refused_alone(folder: Path, stub: Stub, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(folder, tmp_path / "copy"))
+    values = json.loads((copy / MANIFEST).read_text())
+    values["kernels"][0]["sources"]["kernel.py"] = "0" * 64
+    (copy / MANIFEST).write_text(json.dumps(values))
+    with opened(copy, stub) as library:
+        library.function("product_fp16")
+        with pytest.raises(SafelightError, match="axpy was compiled from another kernel.py than"):
+            library.function("axpy_bf16")
+        with pytest.raises(SafelightError, match="axpy was compiled from another kernel.py than"):
+            library.check_fresh()  # of all kernels, as a service asks at its start
+    assert stub.log.count("load ELF") == 1
+    with opened(folder, stub) as library:
+        library.check_fresh()
+
+
+@needs_compiler
 def test_a_closed_library_launches_nothing(folder: Path, stub: Stub) -> None:
     library = opened(folder, stub)
     kernel = library.function("axpy_bf16")

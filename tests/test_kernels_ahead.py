@@ -7,7 +7,9 @@ import shutil
 import subprocess
 import sys
 from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -17,9 +19,12 @@ from safelight.kernels.ahead.build import build
 from safelight.kernels.ahead.manifest import (
     MANIFEST,
     Argument,
+    CompiledKernel,
     KernelManifest,
+    file_digests,
     installed_triton,
     lay_out,
+    made_from,
     read_part,
 )
 from safelight.kernels.ahead.sass import read
@@ -181,7 +186,6 @@ def test_an_altered_file_and_a_stale_folder_are_named(two: Path, tmp_path: Path)
     for change, message in (
         ({"safelight": "0.0.9"}, "compiled by safelight 0.0.9, this is"),
         ({"triton": "3.5.1"}, "compiled by triton 3.5.1, installed is"),
-        ({"source": "0" * 64}, "compiled from other sources"),
     ):
         with pytest.raises(SafelightError, match=message):
             replace(manifest, **change).check_fresh()
@@ -197,6 +201,9 @@ def test_a_manifest_that_was_written_by_hand_is_refused(two: Path, tmp_path: Pat
 
     with pytest.raises(SafelightError, match="holds no kernels.json; build again"):
         KernelManifest.read(tmp_path)
+    sources, whole["kernels"][0]["sources"] = whole["kernels"][0]["sources"], {}
+    refused("axpy names no file that it was made from")
+    whole["kernels"][0]["sources"] = sources
     variant = whole["kernels"][0]["variants"][0]
     variant["arguments"][4]["offset_bytes"] = 36
     refused("do not lie as a C struct's members do")
@@ -205,8 +212,41 @@ def test_a_manifest_that_was_written_by_hand_is_refused(two: Path, tmp_path: Pat
     refused("do not lie as a C struct's members do")
     del variant["binaries"]["sm_90"], whole["targets"][0]
     refused("manifest")
-    whole["safelight_kernels"] = 2
-    refused("format 2 is unknown")
+    whole["safelight_kernels"] = 1
+    refused("format 1 is unknown")
+
+
+def test_an_edit_refuses_the_kernels_that_are_made_from_the_file_and_no_other() -> None:
+    from safelight.kernels.triton import kernels
+
+    def files(function: Any) -> set[str]:
+        """Where the function and all that it calls are written, by the names that its code looks up."""
+        found = {Path(function.fn.__code__.co_filename).name}
+        for name in function.fn.__code__.co_names:
+            used = function.fn.__globals__.get(name)
+            if hasattr(used, "fn") and used.fn.__module__.startswith("safelight."):
+                found |= files(used)
+        return found
+
+    here = file_digests()
+    refused: dict[str, list[str]] = {name: [] for name in here}
+    for kernel in kernels():
+        names = made_from(Path(str(import_module(kernel.function.fn.__module__).__file__)))
+        assert {"tuning.py", "launch.py"} | files(kernel.function) <= set(names)
+        record = CompiledKernel(kernel.name, kernel.grid, {name: here[name] for name in names}, ())
+        record.check_fresh()
+        for name in here:
+            told = f"the kernel {kernel.name} was compiled from another {name} than is here; build again"
+            if name not in names:
+                record.check_fresh(sources=here | {name: "0" * 64})
+                continue
+            refused[name].append(kernel.name)
+            for changed in (here | {name: "0" * 64}, {other: here[other] for other in here if other != name}):
+                with pytest.raises(SafelightError, match=told):
+                    record.check_fresh(sources=changed)
+    assert refused["clip_input.py"] == ["resize_axis", "resize_runs"]
+    assert refused["guidance_moments.py"] == ["guidance_moments", "guidance_step"]
+    assert refused["normals.py"] == ["probe_rotate"]
 
 
 def test_the_argument_block_is_a_c_struct() -> None:

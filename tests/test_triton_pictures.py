@@ -126,6 +126,105 @@ def test_pictures_may_be_slices_and_results_may_be_given(triton_body: Body) -> N
     assert triton_body("clip_input", picture[:0], 4, **NORMAL).shape == (0, 3, 4, 4)
 
 
+ORDERS = pytest.mark.parametrize(
+    "order", [torch.contiguous_format, torch.channels_last], ids=["nchw", "nhwc"]
+)
+
+
+def padded(picture: torch.Tensor) -> torch.Tensor:
+    """The same picture inside a larger one of the same memory order, where no row starts on 16 bytes."""
+    count, channels, height, width = picture.shape
+    last = picture.stride(1) == 1
+    order = torch.channels_last if last else torch.contiguous_format
+    larger = picture.new_zeros(count, channels, height + 1, width + 3).contiguous(memory_format=order)
+    inner = larger[:, :, 1:, 1:-2]
+    inner.copy_(picture)
+    return inner
+
+
+@ORDERS
+@pytest.mark.parametrize(
+    ("height", "width", "dtype"),
+    [(12, 16, torch.float16), (12, 16, torch.float32), (34, 16, torch.float16), (34, 16, torch.float32)],
+    ids=["across-first-fp16", "across-first-fp32", "down-first-fp16", "down-first-fp32"],
+)
+def test_rows_that_are_moved_wide_give_the_same_bits(
+    triton_body: Body, height: int, width: int, dtype: torch.dtype, order: torch.memory_format
+) -> None:
+    picture = decoded(2, height, width, dtype).contiguous(memory_format=order)
+    picture[0, 2, height // 2, width // 2] = torch.nan
+    slot = padded(torch.zeros(2, 3, 8, 8, dtype=dtype).contiguous(memory_format=order))
+    made, whole = [], []
+    for laid, out in ((picture, None), (padded(picture), slot)):
+        whole.append(torch.ones(2, dtype=torch.bool))
+        made.append(triton_body("clip_input", laid, 8, finite=whole[-1], out=out, **NORMAL))
+    assert [each.tolist() for each in whole] == [[False, True]] * 2
+    assert made[0].is_contiguous(memory_format=order) and made[0][0, 2].isnan().any()
+    torch.testing.assert_close(*made, rtol=0, atol=0, equal_nan=True)
+    truth = fused.clip_input(picture[1:], 8, **NORMAL)
+    assert levels_apart(made[0][1:], truth) <= (1 if dtype == torch.float32 else 1.1)
+
+
+@ORDERS
+@pytest.mark.parametrize(
+    ("height", "width", "size", "kernels"),
+    [
+        (64, 64, 32, ("axis first_across", "runs last")),
+        (120, 48, 32, ("runs first", "axis last_across")),
+        (64, 63, 24, ("axis first_across", "runs last")),  # what is read across may have any width
+        (64, 64, 12, ("axis first_across", "axis last_down")),
+        (120, 44, 32, ("axis first_down", "axis last_across")),
+    ],
+)
+@pytest.mark.parametrize("element", ["fp16", "bf16", "fp32"])
+def test_the_pass_down_is_wide_where_rows_allow_it(
+    height: int, width: int, size: int, kernels: tuple[str, str], element: str, order: torch.memory_format
+) -> None:
+    picture = decoded(1, height, width, DTYPES[element]).contiguous(memory_format=order)
+    assert chosen(picture, size) == [_named(kernel, element) for kernel in kernels]
+    narrow = [_named(kernel, element) for kernel in ("axis first_down", "axis last_across")]
+    if height > 2 * width:
+        assert chosen(padded(picture), size) == narrow
+
+
+def test_rows_of_slices_are_wide_where_start_and_pitch_allow_it() -> None:
+    wide, narrow = ["resize_runs_fp16_first"], ["resize_axis_fp16_first_down"]
+    picture = decoded(2, 120, 56, torch.float16)
+    assert chosen(picture[..., 8:56], 32)[:1] == wide
+    assert chosen(picture[:, :, :, 4:52], 32)[:1] == narrow  # start
+    assert chosen(picture[..., :44], 32)[:1] == narrow  # length
+    assert chosen(decoded(2, 120, 50, torch.float16)[..., :48], 32)[:1] == narrow  # pitch
+    laid = picture.contiguous(memory_format=torch.channels_last)
+    assert chosen(laid[..., 8:56], 32)[:1] == wide
+    assert chosen(laid[..., 4:52], 32)[:1] == narrow
+    # the order of the levels is that of the other side of the pass down
+    flat = torch.zeros(2, 3, 32, 32, dtype=torch.float16)
+    assert chosen(laid[:, :, :56], 32, out=flat)[1] == "resize_runs_fp16_last"
+    assert chosen(laid[..., 8:56], 32, out=flat)[:1] == wide
+    every_other = torch.zeros(2, 3, 32, 64, dtype=torch.float16)[..., ::2]
+    assert chosen(picture[:, :, :56], 32, out=every_other)[1] == "resize_axis_fp16_last_down"
+
+
+DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+def _named(kernel: str, element: str) -> str:
+    name, _, rest = kernel.partition(" ")
+    return f"resize_{name}_{element}_{rest}"
+
+
+def chosen(picture: torch.Tensor, size: int, out: torch.Tensor | None = None) -> list[str]:
+    """The variants that a launcher of finished binaries is told to start."""
+    from safelight.kernels.triton.clip_input import clip_input
+    from safelight.kernels.triton.launch import use_runner
+
+    names: list[str] = []
+    finite = torch.ones(len(picture), dtype=torch.bool)
+    with use_runner(lambda kernel, variant, grid, arguments: names.append(variant.name)):
+        clip_input(picture, size, finite=finite, out=out, **NORMAL)
+    return names
+
+
 def test_levels_at_the_ends_and_at_ties_are_the_definition_s(triton_body: Body) -> None:
     """Where nothing is resized a level is one rounding: halves to even, and clipped at both ends."""
     halves = (torch.arange(-4, 14, dtype=torch.float64) + 0.5) / 255 * 2 - 1

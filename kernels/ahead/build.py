@@ -16,7 +16,7 @@ from typing import Any
 
 from safelight import __version__
 from safelight.errors import SafelightError
-from safelight.kernels.ahead.manifest import MANIFEST, KernelManifest, installed_triton, source_digest
+from safelight.kernels.ahead.manifest import MANIFEST, VERSION, KernelManifest, file_digests, installed_triton
 from safelight.kernels.ahead.target import TARGETS, check_targets
 from safelight.new_folder import new_folder
 from safelight.plain import from_plain
@@ -41,7 +41,7 @@ def build(
     count = jobs or os.cpu_count() or 1
     if count < 1:
         raise ValueError(f"jobs must be at least 1; got {jobs}")
-    sources = source_digest()  # what is compiled, also where a file changes meanwhile
+    sources = file_digests()  # what is compiled, also where a file changes meanwhile
     with new_folder(out) as folder, tempfile.TemporaryDirectory() as scratch:
         with ThreadPoolExecutor(count) as pool:
             shares = pool.map(
@@ -80,16 +80,22 @@ def _share(
 
 
 def _manifest(
-    records: Sequence[dict[str, Any]], made_from: tuple[str, str], targets: Sequence[str]
+    records: Sequence[dict[str, Any]], made_from: tuple[str, dict[str, str]], targets: Sequence[str]
 ) -> KernelManifest:
     """Gather records, one a (variant, target), by kernel and by variant.
 
-    `made_from` is Triton's version and the digest of the sources.
+    `made_from` is Triton's version and the digests of the sources, by file.
     """
     kernels: dict[str, dict[str, Any]] = {}
     for record in records:
         kernel = kernels.setdefault(
-            record["kernel"], {"name": record["kernel"], "grid": record["grid"], "variants": {}}
+            record["kernel"],
+            {
+                "name": record["kernel"],
+                "grid": record["grid"],
+                "sources": {name: made_from[1][name] for name in record["made_from"]},
+                "variants": {},
+            },
         )
         variant = kernel["variants"].setdefault(
             record["variant"]["name"], record["variant"] | {"binaries": {}}
@@ -101,10 +107,9 @@ def _manifest(
     values = {
         "safelight": __version__,
         "triton": made_from[0],
-        "source": made_from[1],
         "targets": list(targets),
         "kernels": [kernel | {"variants": list(kernel["variants"].values())} for kernel in kernels.values()],
-        "safelight_kernels": 1,
+        "safelight_kernels": VERSION,
     }
     manifest: KernelManifest = from_plain(KernelManifest, values, MANIFEST)
     return manifest

@@ -1,7 +1,8 @@
 """Run compiled kernels from their folder through the CUDA driver: no compiler, no Triton, no need of torch.
 
-`KernelLibrary.open` looks at the manifest and the GPU, `function` verifies a cubin's digest and loads exactly
-the bytes it verified, `launch` writes the argument block (layout: `ahead.manifest`) and starts the kernel.
+`KernelLibrary.open` looks at the manifest and the GPU, `function` compares a kernel's sources with those
+here, verifies a cubin's digest and loads exactly the bytes it verified, `launch` writes the argument block
+(layout: `ahead.manifest`) and starts the kernel.
 """
 
 import ctypes
@@ -177,20 +178,26 @@ class KernelLibrary:
     def open(cls, folder: Path, *, device: int = 0, driver: Driver | None = None) -> "KernelLibrary":
         """Read and compare the manifest, and choose the machine code for GPU `device`.
 
-        Raises SafelightError for a folder that is not of this safelight, its sources and its Triton, and
+        Raises SafelightError for a folder that is not of this safelight and its Triton, and
         BackendUnavailable where no driver, no GPU, or no code for this GPU is there.
         """
         manifest = KernelManifest.read(folder)
         manifest.check_fresh()
         return cls(folder, manifest, driver or Driver(), device=device)
 
+    def check_fresh(self) -> None:
+        """Look at all kernels now, as `function` does at one. Raises SafelightError for one of other sources."""
+        for kernel in self.manifest.kernels:
+            kernel.check_fresh()
+
     def function(self, name: str) -> LoadedKernel:
         """Load a variant, once. Belongs into `plan`, not into `run`.
 
-        Raises ValueError for a name that is not in the manifest, SafelightError for an altered file or one
-        that the driver refuses.
+        Raises ValueError for a name that is not in the manifest, SafelightError for a kernel of other
+        sources, an altered file, or one that the driver refuses.
         """
         if name not in self._loaded:
+            self.manifest.kernel_of(name).check_fresh()
             variant = self.manifest.variant(name)
             binary = variant.binaries[self.target]
             if binary.shared_bytes > self._shared_limit:

@@ -11,6 +11,7 @@ pointers, `global_scratch` and `profile_scratch`; no kernel here uses them: pass
 memory (above 48 KiB, `cuFuncSetAttribute` must allow it first) and the grid of the rule `grid`.
 """
 
+import ast
 import json
 import struct
 from collections.abc import Mapping, Sequence
@@ -23,10 +24,11 @@ from typing import Any
 from safelight import __version__
 from safelight.containment import check_file, read_json
 from safelight.errors import BundleError, SafelightError
+from safelight.kernels import triton
 from safelight.plain import from_plain, to_plain
 
 MANIFEST = "kernels.json"
-VERSION = 1
+VERSION = 2
 REMEDY = "build again with `safelight kernels build`"
 # Triton's names -> the format character of `struct`; a pointer is 8 bytes
 _FORMATS = {"i1": "b", "i8": "b", "i16": "h", "i32": "i", "i64": "q", "u1": "B", "u8": "B", "u16": "H"}
@@ -113,23 +115,35 @@ class CompiledVariant:
 
 @dataclass(frozen=True, slots=True)
 class CompiledKernel:
-    """A kernel with the rule of its launch grid, as `kernels.triton.kernel.Kernel` states it."""
+    """A kernel with the rule of its launch grid, as `kernels.triton.kernel.Kernel` states it.
+
+    `sources` are the files of `kernels/triton` that it was made from, with their SHA-256.
+    """
 
     name: str
     grid: str
+    sources: Mapping[str, str]
     variants: tuple[CompiledVariant, ...]
+
+    def __post_init__(self) -> None:
+        if not self.sources:
+            raise ValueError(f"{self.name} names no file that it was made from")
+
+    def check_fresh(self, *, sources: Mapping[str, str] | None = None) -> None:
+        """Raises SafelightError where a file that the kernel was made from is another one here, or none."""
+        here = file_digests() if sources is None else sources
+        if other := [name for name, digest in self.sources.items() if here.get(name) != digest]:
+            raise SafelightError(
+                f"the kernel {self.name} was compiled from another {', '.join(other)} than is here; {REMEDY}"
+            )
 
 
 @dataclass(frozen=True, slots=True)
 class KernelManifest:
-    """What a folder of compiled kernels holds, and from what it was made.
-
-    `source` is the SHA-256 of the files of `kernels/triton`; a cubin of other sources is another kernel.
-    """
+    """What a folder of compiled kernels holds, and from what it was made."""
 
     safelight: str
     triton: str
-    source: str
     targets: tuple[str, ...]
     kernels: tuple[CompiledKernel, ...]
     safelight_kernels: int = VERSION
@@ -141,7 +155,11 @@ class KernelManifest:
 
     def variant(self, name: str) -> CompiledVariant:
         """The variant of this name. Raises ValueError, which lists what there is."""
-        found = {item.name: item for kernel in self.kernels for item in kernel.variants}
+        return next(item for item in self.kernel_of(name).variants if item.name == name)
+
+    def kernel_of(self, name: str) -> CompiledKernel:
+        """The kernel that has the variant of this name. Raises ValueError, which lists what there is."""
+        found = {item.name: kernel for kernel in self.kernels for item in kernel.variants}
         if name not in found:
             raise ValueError(f"no compiled variant {name!r}; the folder has {sorted(found)}")
         return found[name]
@@ -170,19 +188,13 @@ class KernelManifest:
             raise SafelightError(f"{path} is not a manifest of kernels ({fault}); {REMEDY}") from None
         return manifest
 
-    def check_fresh(self, *, source: str | None = None) -> None:
-        """Raises SafelightError where the folder was made by another safelight, other sources, or another
-        Triton than the installed one (where none is installed there is nothing to differ from).
+    def check_fresh(self) -> None:
+        """Raises SafelightError where the folder was made by another safelight, or another Triton than the
+        installed one (where none is installed there is nothing to differ from).
         """
-        source = source or source_digest()
         if self.safelight != __version__:
             raise SafelightError(
                 f"the kernels were compiled by safelight {self.safelight}, this is {__version__}; {REMEDY}"
-            )
-        if self.source != source:
-            raise SafelightError(
-                f"the kernels were compiled from other sources ({self.source[:12]}, here {source[:12]}); "
-                f"{REMEDY}"
             )
         if (here := installed_triton()) not in (None, self.triton):
             raise SafelightError(
@@ -202,14 +214,26 @@ def read_part(folder: Path, name: str, expected: str) -> bytes:
     return data
 
 
-def source_digest() -> str:
-    """SHA-256 over the names and bytes of the Python files of `kernels/triton`, in order of their names."""
-    from safelight.kernels import triton
+def file_digests() -> dict[str, str]:
+    """SHA-256 of each Python file of `kernels/triton`, by name."""
+    folder = Path(str(triton.__file__)).parent
+    return {path.name: sha256(path.read_bytes()).hexdigest() for path in sorted(folder.glob("*.py"))}
 
-    found = sha256()
-    for path in sorted(Path(str(triton.__file__)).parent.glob("*.py")):
-        found.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
-    return found.hexdigest()
+
+def made_from(path: Path) -> list[str]:
+    """The file at `path`, if it is one of `kernels/triton`, and all of these that it imports, or they do."""
+    folder = Path(str(triton.__file__)).parent
+    found, todo = set(), [path]
+    while todo:
+        here = todo.pop()
+        found.add(here)
+        for node in ast.walk(ast.parse(here.read_bytes())):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith(triton.__name__):
+                inside = str(node.module).removeprefix(triton.__name__).strip(".")
+                names = [inside] if inside else [item.name for item in node.names]
+                files = {folder / f"{name}.py" for name in names}
+                todo += [file for file in files - found if file.is_file()]
+    return sorted(file.name for file in found if file.parent == folder)
 
 
 def installed_triton() -> str | None:

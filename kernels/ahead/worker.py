@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from safelight.errors import SafelightError
-from safelight.kernels.ahead.manifest import installed_triton, lay_out
+from safelight.kernels.ahead.manifest import installed_triton, lay_out, made_from
 from safelight.kernels.ahead.target import number
 from safelight.kernels.triton.kernel import Kernel, Variant
 from safelight.plain import to_plain
@@ -110,6 +110,7 @@ def compile_task(kernel: Kernel, variant: Variant, target: str, folder: Path) ->
     return {
         "kernel": kernel.name,
         "grid": kernel.grid,
+        "made_from": made_from(Path(str(import_module(kernel.function.__module__).__file__))),
         "target": target,
         "variant": {
             "name": variant.name,

@@ -15,4 +15,4 @@ def kernels() -> tuple[Kernel, ...]:
     )
 
     files = (probe_rotate, guidance_moments, guidance_step, latent_to_x0, clip_input)
-    return (*(file.KERNEL for file in files), concept_vote.MARGINS, concept_vote.KERNEL)
+    return (*(file.KERNEL for file in files), clip_input.RUNS, concept_vote.MARGINS, concept_vote.KERNEL)

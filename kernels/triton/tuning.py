@@ -35,6 +35,7 @@ TABLE: Mapping[str, Mapping[str, Mapping[int, Setting]]] = {
         "guidance_step": {1024: Setting(1024, 4)},
         "latent_to_x0": {1024: Setting(1024, 4)},
         "resize_axis": {256: Setting(256, 4)},
+        "resize_runs": {256: Setting(256, 1)},  # 8 elements a thread: 16 bytes of float16
         "concept_margins": {256: Setting(256, 8)},
         "margin_vote": {0: Setting(0, 1)},
     }
