@@ -186,7 +186,7 @@ class KernelLibrary:
         return cls(folder, manifest, driver or Driver(), device=device)
 
     def check_fresh(self) -> None:
-        """Look at all kernels now, as `function` does at one. Raises SafelightError for one of other sources."""
+        """Look at all kernels, as `function` does at one. Raises SafelightError for one of other sources."""
         for kernel in self.manifest.kernels:
             kernel.check_fresh()
 
