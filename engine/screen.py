@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from safelight.engine.prompt_file import PromptRow, read_prompts
+from safelight.engine.sole_writer import named
 from safelight.engine.verdict_file import Done, VerdictFile
 from safelight.errors import SafelightError
 from safelight.verdict import Verdict
@@ -194,6 +195,7 @@ def save_probes(folder: Path, number: int, images: Pictures) -> list[Path]:
     levels = np.rint(np.nan_to_num(images).clip(0, 1) * 255).astype(np.uint8)
     for probe, picture in enumerate(levels.transpose(0, 2, 3, 1)):
         path = folder / f"{number:06d}-p{probe:02d}.png"
-        Image.fromarray(picture).save(path)
+        with named(path):
+            Image.fromarray(picture).save(path)
         paths.append(path)
     return paths

@@ -7,10 +7,13 @@ import csv
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
+from safelight.engine.screen import screen_file
+from safelight.errors import SafelightError
 from safelight.verdict import Verdict
 
 # Quotes, line ends, commas and letters beyond ASCII: what a format could trip over.
@@ -70,3 +73,16 @@ def read(path: Path) -> list[dict]:
         with path.open(encoding="utf-8", newline="") as file:
             return list(csv.DictReader(file))
     return pytest.importorskip("pyarrow.parquet").read_table(path).to_pylist()
+
+
+def refused(
+    source: Path, out: Path, match: str, *, policy: str = "probes of a fake", **settings: Any
+) -> None:
+    """The job says no in one sentence, screens nothing, and leaves the folder as it was."""
+    before = {path.name: path.read_bytes() for path in out.parent.iterdir()}
+    detector = FakeDetector(policy=policy)
+    with pytest.raises(SafelightError, match=match) as caught:
+        screen_file(detector, source, out, **settings)
+    assert "choose another -o" in str(caught.value) and "\n" not in str(caught.value)
+    assert detector.calls == []
+    assert {path.name: path.read_bytes() for path in out.parent.iterdir()} == before

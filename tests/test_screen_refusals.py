@@ -7,31 +7,21 @@ import json
 import math
 import runpy
 from pathlib import Path
-from typing import Any
 
 import pytest
+from click.testing import CliRunner
 
+from safelight.cli import main
 from safelight.engine.prompt_file import read_prompts
 from safelight.engine.screen import error_verdict, screen_file
 from safelight.engine.verdict_file import COLUMNS, VerdictFile
 from safelight.errors import SafelightError
 
 SCREENED = runpy.run_path(str(Path(__file__).with_name("screened.py")))
-PROMPTS, FakeDetector, write, read = (SCREENED[name] for name in ("PROMPTS", "FakeDetector", "write", "read"))
+PROMPTS, FakeDetector, write, read, refused = (
+    SCREENED[name] for name in ("PROMPTS", "FakeDetector", "write", "read", "refused")
+)
 OUTPUTS = pytest.mark.parametrize("target", ["out.jsonl", "out.csv", "out.parquet"])
-
-
-def refused(
-    source: Path, out: Path, match: str, *, policy: str = "probes of a fake", **settings: Any
-) -> None:
-    """The job says no in one sentence, screens nothing, and leaves the folder as it was."""
-    before = {path.name: path.read_bytes() for path in out.parent.iterdir()}
-    detector = FakeDetector(policy=policy)
-    with pytest.raises(SafelightError, match=match) as caught:
-        screen_file(detector, source, out, **settings)
-    assert "choose another -o" in str(caught.value) and "\n" not in str(caught.value)
-    assert detector.calls == []
-    assert {path.name: path.read_bytes() for path in out.parent.iterdir()} == before
 
 
 @OUTPUTS
@@ -163,3 +153,49 @@ def test_verdicts_of_two_bundles_are_not_mixed(tmp_path: Path) -> None:
     write(source, PROMPTS)
     with pytest.raises(SafelightError, match="bundle one"):
         screen_file(FakeDetector("two"), source, out)
+
+
+@pytest.mark.parametrize(
+    ("option", "shown"),
+    [
+        (["--threshold", "0.125"], "threshold 0.125"),
+        (["--probes", "16"], "count 16"),
+        (["--angle-rad", "0.61"], "angle_rad 0.61"),
+        (["--kind", "circular"], "kind circular"),
+        (["--target", "both"], "target both"),
+        (["--checker", "latent"], "checker latent"),
+        (["--steps", "25"], "steps 25"),
+        (["--seed", "4"], "seed 4"),
+        (["--backend", "torch"], "on torch cpu"),
+    ],
+    ids=lambda value: "".join(value),
+)
+def test_each_option_that_decides_a_verdict_is_in_the_policy(
+    screened: Path, option: list[str], shown: str
+) -> None:
+    source, out = screened / "p.txt", screened / "p.jsonl"
+    before = out.read_bytes()
+    (policy,) = {row["policy"] for row in read(out)}
+    assert "on onnxruntime CPUExecutionProvider; secret seeds" in policy and shown not in policy
+    done = CliRunner().invoke(main, ["screen", "-i", str(source), "-o", str(out), *option])
+    assert done.exit_code == 2 and "choose another -o" in done.stderr
+    (sentence,) = [line for line in done.stderr.splitlines() if line.startswith("safelight: ")]
+    assert repr(policy) in sentence and shown in sentence
+    assert out.read_bytes() == before
+
+
+def test_the_same_policy_and_a_time_limit_go_on(screened: Path) -> None:
+    source, out = screened / "p.txt", screened / "p.jsonl"
+    for option in ([], ["--timeout-s", "90"], ["--threads", "1"], ["--steps", "1"]):
+        done = CliRunner().invoke(main, ["screen", "-i", str(source), "-o", str(out), *option])
+        assert done.exit_code == 0 and "2 were done before" in done.stderr
+
+
+@pytest.fixture(scope="module")
+def screened(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with two prompts, and what the shipped bundle says of them."""
+    folder = tmp_path_factory.mktemp("screened")
+    (folder / "p.txt").write_text("a red circle\na blue star\n")
+    done = CliRunner().invoke(main, ["screen", "-i", str(folder / "p.txt"), "-o", str(folder / "p.jsonl")])
+    assert done.exit_code == 0, done.stderr
+    return folder
