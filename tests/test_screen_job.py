@@ -187,7 +187,7 @@ def test_a_file_of_something_else_is_left_alone(tmp_path: Path, name: str, conte
     out.write_text(content)
     with pytest.raises(SafelightError, match="choose another -o"):
         screen_file(FakeDetector(), source, out)
-    assert out.read_text() == content
+    assert out.read_text() == content and sorted(os.listdir(tmp_path)) == ["in.txt", name]
 
 
 def test_input_and_output_must_differ_and_be_known(tmp_path: Path) -> None:
