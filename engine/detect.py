@@ -75,6 +75,7 @@ class Detector:
             by_component=by_component,
         )
         self.checker = checker
+        self._steps = steps
         self._evaluated = self._decoded = 0
         _, height, width = manifest.picture.latents
         rows = ROWS // 2 if checker == "image" else ROWS
@@ -153,6 +154,16 @@ class Detector:
     def backend(self) -> Backend:
         """The runtime that it was opened on: a generator on the same one shares what that has loaded."""
         return self._backend
+
+    @property
+    def policy(self) -> str:
+        """What decides a verdict besides bundle and seed, in words: how it probes, who looks, in how many
+        steps, on what.
+
+        A time limit and the early exit are left out: neither lets pass what the probes would block.
+        """
+        probe = ", ".join(f"{name} {value}" for name, value in self.probe.to_json().items())
+        return f"probes of {probe}; checker {self.checker}; steps {self._steps}; on {self._model.device}"
 
     def warm_up(self, *, pictures: bool = False) -> float:
         """Do now what the first check of a prompt would have to do: plan, allocate, on a GPU compile and

@@ -7,6 +7,7 @@ file, rows of a parquet file.
 
 import csv
 import hashlib
+import io
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -18,6 +19,12 @@ from safelight.errors import SafelightError
 FORMATS = (".txt", ".csv", ".jsonl", ".parquet")
 MAX_CHARACTERS = 32_000  # of one prompt; the model's own window is far smaller and is reported in the verdict
 MAX_LINE_BYTES = 1 << 20
+_OTHER_ENCODINGS = {  # byte order mark -> whose it is; the first two bytes of UTF-32's may be UTF-16's
+    b"\xff\xfe\x00\x00": "UTF-32",
+    b"\x00\x00\xfe\xff": "UTF-32",
+    b"\xff\xfe": "UTF-16",
+    b"\xfe\xff": "UTF-16",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,8 +63,9 @@ def read_prompts(path: Path, column: str = "prompt") -> Iterator[PromptRow]:
     """Yield the rows of a file. `column` names the column of csv and parquet and the key of jsonl objects.
 
     A bad row (invalid JSON, no such key, not a string, not UTF-8, over 32,000 characters) is yielded with its
-    fault. Raises ValueError for an unknown suffix or a table without the column, OSError for a file that
-    cannot be read, SafelightError where pyarrow is missing or the file is no parquet.
+    fault. Raises ValueError for an unknown suffix, text marked as UTF-16 or UTF-32, or a table without the
+    column, OSError for a file that cannot be read, SafelightError where pyarrow is missing or the file is no
+    parquet.
     """
     suffix = file_format(path)
     if suffix == ".parquet":
@@ -79,12 +87,12 @@ def all_prompts(path: Path, column: str = "prompt") -> Iterator[str]:
 
 
 def count_rows(path: Path, column: str = "prompt") -> int:
-    """How many rows `read_prompts` yields, without hashing or decoding more than it must."""
+    """How many rows `read_prompts` yields, without hashing or decoding more than it must. Raises as it."""
     if file_format(path) == ".parquet":
         return int(_open_parquet(path).metadata.num_rows)
     if file_format(path) == ".csv":
         return sum(1 for _ in _csv(path, column))
-    with path.open("rb") as file:
+    with _open_utf8(path) as file:
         return sum(1 for _, line, _ in _physical_lines(file) if line.strip())
 
 
@@ -105,6 +113,19 @@ def _digest(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()[:32]
 
 
+def _open_utf8(path: Path) -> io.BufferedReader:
+    """The file at its beginning. Raises ValueError where a byte order mark says that it is no UTF-8: read as
+    such, none of its rows would be a prompt that anybody wrote.
+    """
+    file = path.open("rb")
+    begin = file.peek(4)
+    for mark, encoding in _OTHER_ENCODINGS.items():
+        if begin.startswith(mark):
+            file.close()
+            raise ValueError(f"{path}: is {encoding} text; save it as UTF-8")
+    return file
+
+
 def _physical_lines(file: BinaryIO) -> Iterator[tuple[int, bytes, bool]]:
     """(number, line without its end, whole?) of each line; of a line over 1 MiB only its beginning is
     kept.
@@ -122,7 +143,7 @@ def _physical_lines(file: BinaryIO) -> Iterator[tuple[int, bytes, bool]]:
 
 def _lines(path: Path, key: str | None) -> Iterator[PromptRow]:
     """Lines of a txt file where `key` is None, else of a jsonl file."""
-    with path.open("rb") as file:
+    with _open_utf8(path) as file:
         for number, line, whole in _physical_lines(file):
             if not line.strip():
                 continue
@@ -161,7 +182,9 @@ def _value_of(text: str, key: str) -> Any:
 
 
 def _csv(path: Path, column: str) -> Iterator[PromptRow]:
-    with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
+    with io.TextIOWrapper(
+        _open_utf8(path), encoding="utf-8-sig", errors="surrogateescape", newline=""
+    ) as file:
         records = csv.reader(file, strict=True)
         try:
             header = next(records, [])

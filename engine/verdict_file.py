@@ -2,11 +2,12 @@
 
 A run that was killed leaves whole rows and at most one torn one, which is cut off when the file is opened
 again. Parquet cannot be appended to: its rows go to a journal beside it and become the parquet file, at once,
-at the end.
+at the end. Two runs never write to one output.
 """
 
 import csv
 import json
+import math
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -15,11 +16,12 @@ from types import TracebackType
 from typing import Any, TextIO
 
 from safelight.engine.prompt_file import file_format, import_pyarrow
+from safelight.engine.sole_writer import lock_output, named
 from safelight.errors import SafelightError
 from safelight.verdict import Verdict
 
 FORMATS = (".jsonl", ".csv", ".parquet")
-KEY = ("row", "digest", "prompt")
+KEY = ("row", "digest", "prompt", "policy")
 COLUMNS = (*KEY, *Verdict.__dataclass_fields__)
 MAX_CELL = 16 << 20  # characters; the margins of 1,024 probes are far past what csv reads by default
 NESTED = ("margins", "timings_ms")  # written as JSON inside a csv cell
@@ -27,10 +29,13 @@ NESTED = ("margins", "timings_ms")  # written as JSON inside a csv cell
 
 @dataclass(frozen=True, slots=True)
 class Done:
-    """What a row of the output says of itself: number and digest of the input row, and the outcome."""
+    """What a row of the output says of itself: number and digest of the input row, the policy, and the
+    outcome.
+    """
 
     number: int
     digest: str
+    policy: str
     blocked: bool
     reason: str | None
     bundle: str
@@ -39,42 +44,88 @@ class Done:
 class VerdictFile:
     """An output file, opened to go on where the last run stopped; `done` holds the rows that are in it.
 
-    Raises ValueError for an unknown suffix, SafelightError for a file that holds something else.
+    Until it is closed no other run can open it. Raises ValueError for an unknown suffix, SafelightError for a
+    file that holds something else and for one that another run has open, OSError, which names the file, for
+    one that cannot be written.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self._suffix = file_format(path, FORMATS)
-        self._journal = path.with_name(path.name + ".journal") if self._suffix == ".parquet" else path
-        if self._suffix == ".parquet":
+        self._csv, self._parquet = self._suffix == ".csv", self._suffix == ".parquet"
+        self._journal = path.with_name(path.name + ".journal") if self._parquet else path
+        if self._parquet:
             import_pyarrow(str(path))
-            if path.exists() and not self._journal.exists():
-                _journal_from_parquet(path, self._journal)
-        self._csv = self._suffix == ".csv"
-        end = _end_of_whole_rows(self._journal, quoted=self._csv)
-        self.done: tuple[Done, ...] = tuple(self._rows_done(end))
-        if self._journal.exists():
-            os.truncate(self._journal, end)
-        self._file: TextIO = self._journal.open("a", encoding="utf-8", newline="")
-        if self._csv and self._file.tell() == 0:
-            csv.writer(self._file, lineterminator="\n").writerow(COLUMNS)
+        self._file: TextIO | None = None
+        self._spare = False  # whether a journal holds no row but those of the parquet file
+        self._lock = lock_output(self._journal, path)
+        try:
+            with named(self._journal):
+                if self._parquet:
+                    self._spare = self._journal.stat().st_size == 0
+                    if path.exists() and _journal_from_parquet(path, self._journal):
+                        self._spare = True
+                end = _end_of_whole_rows(self._journal, quoted=self._csv)
+                self.done: tuple[Done, ...] = tuple(self._rows_done(end))
+                os.truncate(self._journal, end)
+                self._file = self._journal.open("a", encoding="utf-8", newline="")
+                if self._csv and end == 0:
+                    csv.writer(self._file, lineterminator="\n").writerow(COLUMNS)
+        except BaseException:
+            self._release()
+            raise
 
-    def write(self, key: tuple[int, str, str | None], verdict: Verdict) -> None:
-        """Append a row; it is with the operating system when this returns. `key`: number, digest, prompt."""
+    def write(self, key: tuple[int, str, str | None, str], verdict: Verdict) -> None:
+        """Append a row; it is with the operating system when this returns. `key`: number, digest, prompt,
+        policy.
+
+        Raises OSError, which names the file, where it cannot be written, and SafelightError after `close`.
+        """
+        if self._file is None:
+            raise SafelightError(f"{self.path}: is closed; open it again")
+        self._spare = False
         row = dict(zip(KEY, key, strict=True)) | verdict.to_json()
-        if self._csv:
-            cells = [json.dumps(row[name]) if name in NESTED else _cell(row[name]) for name in COLUMNS]
-            csv.writer(self._file, lineterminator="\n", quoting=csv.QUOTE_ALL).writerow(cells)
-        else:
-            self._file.write(json.dumps(row, ensure_ascii=False) + "\n")
-        self._file.flush()
+        with named(self._journal):
+            if self._csv:
+                cells = [json.dumps(row[name]) if name in NESTED else _cell(row[name]) for name in COLUMNS]
+                csv.writer(self._file, lineterminator="\n", quoting=csv.QUOTE_ALL).writerow(cells)
+            else:
+                self._file.write(json.dumps(row, ensure_ascii=False) + "\n")
+            self._file.flush()
 
     def close(self) -> None:
-        """Close the file; a parquet file is made from its journal, which is then removed."""
-        self._file.close()
-        if self._suffix == ".parquet" and self._journal.exists():
-            _parquet_from_journal(self._journal, self.path)
-            self._journal.unlink()
+        """Close the file; a parquet file is made from its journal, which is then removed.
+
+        Raises OSError, which names the file, where it cannot be written.
+        """
+        if self._file is None:
+            return
+        try:
+            self._close_file()
+            if self._parquet:
+                with named(self.path):
+                    _parquet_from_journal(self._journal, self.path)
+                self._spare = False
+                self._journal.unlink()  # the lock still holds: what is there now is this run's
+        finally:
+            self._release()
+
+    def _close_file(self) -> None:
+        file, self._file = self._file, None
+        if file is not None:
+            with named(self._journal):
+                file.close()
+
+    def _release(self) -> None:
+        """Let other runs in, and leave no journal that says nothing new."""
+        try:
+            self._close_file()
+            if self._spare:
+                self._journal.unlink(missing_ok=True)
+        finally:
+            lock, self._lock = self._lock, None
+            if lock is not None:
+                os.close(lock)
 
     def __enter__(self) -> "VerdictFile":
         return self
@@ -85,18 +136,22 @@ class VerdictFile:
         if kind is None:
             self.close()
         else:
-            self._file.close()
+            self._release()
 
     def _rows_done(self, end: int) -> Iterator[Done]:
         """The rows within the first `end` bytes; SafelightError where they, or what follows, are not ours."""
         lines = _lines_until(self._journal, end)
-        number = 0
+        numbers: set[int] = set()
         for number, row in enumerate(_csv_rows(lines) if self._csv else _json_rows(lines), start=1):
             try:
-                yield _done(row or {})
-            except (KeyError, TypeError, ValueError):
+                done = _done(row or {})
+            except (KeyError, TypeError, ValueError, OverflowError):
                 raise self._foreign(f"row {number}") from None
-        if end == 0 and self._journal.exists():
+            if done.number in numbers:
+                raise self._foreign(f"a second verdict on row {done.number}")
+            numbers.add(done.number)
+            yield done
+        if end == 0:
             begin = ",".join(COLUMNS).encode() if self._csv else b'{"row": '
             with self._journal.open("rb") as file:
                 found = file.read(len(begin))
@@ -116,11 +171,25 @@ def _cell(value: Any) -> str:
 
 
 def _done(row: Mapping[str, Any]) -> Done:
-    blocked, reason = row["blocked"], row["reason"] or None
-    if blocked not in (True, False, "true", "false") or not str(row["digest"]):
-        raise ValueError(row)
-    bundle = str(row["bundle"] or "")
-    return Done(int(row["row"]), str(row["digest"]), blocked in (True, "true"), reason, bundle)
+    """What a row says. Raises KeyError, TypeError, ValueError or OverflowError where no verdict says that."""
+    if row["blocked"] not in (True, False, "true", "false"):
+        raise ValueError(row["blocked"])
+    digest, policy = str(row["digest"] or ""), str(row["policy"] or "")
+    score, threshold = (
+        math.nan if row[name] in (None, "") else float(row[name]) for name in ("score", "threshold")
+    )
+    verdict = Verdict(
+        blocked=row["blocked"] in (True, "true"),
+        reason=row["reason"] or None,
+        score=score,
+        threshold=threshold,
+        seed=int(row["seed"]),
+        probes=int(row["probes"]),
+        bundle=str(row["bundle"] or ""),
+    )
+    if not (digest and policy) or (row["prompt"] is None and not verdict.blocked):
+        raise ValueError("a row says of what it is and by which policy, and one without a prompt is blocked")
+    return Done(int(row["row"]), digest, policy, verdict.blocked, verdict.reason, verdict.bundle)
 
 
 def _lines_until(path: Path, end: int) -> Iterator[str]:
@@ -134,7 +203,7 @@ def _json_rows(lines: Iterator[str]) -> Iterator[dict[str, Any] | None]:
     for line in lines:
         try:
             row = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             row = None
         yield row if isinstance(row, dict) else None
 
@@ -152,9 +221,7 @@ def _csv_rows(lines: Iterator[str]) -> Iterator[dict[str, Any] | None]:
 
 
 def _end_of_whole_rows(path: Path, *, quoted: bool) -> int:
-    """Bytes up to the end of the last whole row, 0 for no file. A line end inside quotes ends no row."""
-    if not path.exists():
-        return 0
+    """Bytes up to the end of the last whole row. A line end inside quotes ends no row."""
     whole = position = quotes = 0
     with path.open("rb") as file:
         for line in file:
@@ -193,7 +260,10 @@ def _parquet_from_journal(journal: Path, target: Path) -> None:
     os.replace(part, target)
 
 
-def _journal_from_parquet(source: Path, journal: Path) -> None:
+def _journal_from_parquet(source: Path, journal: Path) -> bool:
+    """Fill a journal that lacks rows of the parquet file, since it is new or a run was killed while filling
+    it; whether that was so.
+    """
     parquet = import_pyarrow(str(source))
     import pyarrow
 
@@ -205,10 +275,13 @@ def _journal_from_parquet(source: Path, journal: Path) -> None:
         raise SafelightError(
             f"{source}: was not written by this version of `safelight screen`; choose another -o"
         )
-    part = journal.with_name(journal.name + ".part")
-    with file, part.open("w", encoding="utf-8") as out:
-        for batch in file.iter_batches(batch_size=1024):
-            for row in batch.to_pylist():
-                row["timings_ms"] = dict(row["timings_ms"])
-                out.write(json.dumps(row, ensure_ascii=False) + "\n")
-    os.replace(part, journal)
+    with file:
+        with journal.open("rb") as held:
+            if sum(line.endswith(b"\n") for line in held) >= file.metadata.num_rows:
+                return False
+        with journal.open("w", encoding="utf-8") as out:
+            for batch in file.iter_batches(batch_size=1024):
+                for row in batch.to_pylist():
+                    row["timings_ms"] = dict(row["timings_ms"])
+                    out.write(json.dumps(row, ensure_ascii=False) + "\n")
+    return True

@@ -26,6 +26,7 @@ import safelight.cli.screening
 class Fake:
     closed = 0
     bundle_id = "b"
+    policy = "probes of a fake"
     def check(self, prompt, *, seed=None):
         if prompt == "ctrl-c":
             os.kill(os.getpid(), signal.SIGINT)

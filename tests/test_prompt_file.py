@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from safelight.engine.prompt_file import count_rows, read_prompts
+from safelight.engine.prompt_file import all_prompts, count_rows, read_prompts
 from safelight.errors import SafelightError
 
 
@@ -33,6 +33,21 @@ def test_the_same_prompt_has_the_same_digest_in_every_format(tmp_path: Path) -> 
     (tmp_path / "a.jsonl").write_text('{"n": 1, "prompt": "a \\u0073tar"}\n')
     (tmp_path / "a.csv").write_text('prompt\n"a star"\n')
     assert len({next(read_prompts(path)).digest for path in tmp_path.iterdir()}) == 1
+
+
+@pytest.mark.parametrize("name", ["in.txt", "in.csv", "in.jsonl"])
+@pytest.mark.parametrize("encoding", ["UTF-16", "UTF-32"])
+@pytest.mark.parametrize("order", ["le", "be"])
+def test_text_that_is_marked_as_no_utf_8_is_refused_as_a_whole(
+    tmp_path: Path, name: str, encoding: str, order: str
+) -> None:
+    path = tmp_path / name
+    path.write_bytes('\ufeffprompt\n"a star"\n'.encode(f"{encoding}-{order}"))
+    for read in (count_rows, lambda path: next(read_prompts(path)), lambda path: next(all_prompts(path))):
+        with pytest.raises(ValueError, match=f"{name}: is {encoding} text; save it as UTF-8"):
+            read(path)
+    path.write_bytes('\ufeffprompt\n"a star"\n'.encode())
+    assert list(read_prompts(path))[-1].prompt == ('"a star"' if name == "in.txt" else "a star")
 
 
 def test_bad_csv_records(tmp_path: Path) -> None:

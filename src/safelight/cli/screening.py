@@ -37,8 +37,9 @@ HEAD = f"{'verdict':8}{'score':>6}{'limit':>7}{'ms':>7}  prompt"
 def screen(**options: Any) -> int:
     """Probe the neighbourhood of each PROMPT and say whether it is blocked.
 
-    With -i and -o a file of prompts is screened. The job goes on where an earlier one stopped; a row that
-    holds no usable prompt is blocked, counted and named, and does not stop it.
+    With -i and -o a file of prompts is screened. The job goes on where an earlier one of the same bundle,
+    policy and input stopped; a row that holds no usable prompt is blocked, counted and named, and does not
+    stop it.
     """
     prompts, source, target = options.pop("prompts"), options.pop("input"), options.pop("output")
     if bool(prompts) == bool(source):
