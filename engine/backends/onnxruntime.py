@@ -117,6 +117,8 @@ class OrtBackend:
         options.log_severity_level = 3
         options.intra_op_num_threads = max(1, self._threads // lanes)  # they are shared among the lanes
         options.enable_cpu_mem_arena = True
+        # a plan of all that a run holds is one more block of it, beside those that the first run left
+        options.enable_mem_pattern = self._provider.name != CPU
         path = self._bundle.graph(graph, int8=int8_of(self._variant, graph))
         return open_session(path, self._provider, options, backend=self._name)
 
