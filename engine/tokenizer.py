@@ -44,8 +44,10 @@ class PromptTokenizer:
         """Ids int64 (W,), and how many tokens did not fit, at most, into a window.
 
         W is L for each text encoder in turn, each window begun, ended and filled up. Raises ValueError for
-        text over 32,000 characters, or that is not valid Unicode.
+        what is no text, is over 32,000 characters, or is not valid Unicode.
         """
+        if not isinstance(text, str):
+            raise ValueError(f"a prompt is a str; got {type(text).__name__}")
         if len(text) > MAX_CHARACTERS:
             raise ValueError(f"a prompt has at most {MAX_CHARACTERS} characters; got {len(text)}; shorten it")
         try:

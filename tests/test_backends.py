@@ -312,7 +312,7 @@ def test_an_unknown_backend_is_the_callers_mistake(small: Bundle, name: str) -> 
 @pytest.mark.parametrize("threads", [0, -1])
 @pytest.mark.parametrize("name", [*BACKENDS, "auto"])
 def test_threads_are_at_least_1(small: Bundle, name: str, threads: int) -> None:
-    with pytest.raises(ValueError, match=f"threads must be at least 1; got {threads}"):
+    with pytest.raises(ValueError, match=f"threads must be a whole number, at least 1; got {threads}"):
         open_backend(name, small, threads=threads)
 
 
