@@ -338,6 +338,14 @@ def test_onnx_runtime_reads_no_model_folder(small: Bundle, tiny_model: Path) -> 
         open_backend("onnxruntime", small, model=tiny_model)
 
 
+def test_torch_says_where_the_weights_of_the_shipped_bundle_lie(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("safelight.engine.backends.torch.MODEL_FOLDER", tmp_path / "none")
+    with pytest.raises(BundleError, match=r"shapes was made from \(models/shapes/model of .*\); name"):
+        open_backend("torch", open_bundle("shapes"))
+
+
 def test_torch_runs_the_bundles_own_weights_or_none(
     tiny_bundle: Path, tiny_model: Path, tmp_path: Path
 ) -> None:

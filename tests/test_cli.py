@@ -13,6 +13,7 @@ import pytest
 from click.testing import CliRunner
 
 from safelight.cli import EXTRAS, main
+from safelight.cli.screening import line as table_line
 from safelight.verdict import Verdict
 
 COMMANDS = ["screen", "generate", "export", "verify", "inspect", "synth", "calibrate", "doctor", "bench"]
@@ -134,7 +135,7 @@ def test_a_table_goes_to_stdout_and_notes_to_stderr() -> None:
     done = fake("screen", "a red circle", "a star\x1b[31m", "slow", "a long prompt")
     lines = done.stdout.splitlines()
     assert done.returncode == 0 and len(lines) == 5
-    assert lines[1].split() == ["passed", "0.00", "0.25", "12", "a", "red", "circle"]
+    assert lines[1].split() == ["passed", "0", "0.25", "12", "a", "red", "circle"]
     assert lines[2].startswith("blocked") and "\x1b" not in done.stdout
     assert lines[3].split()[:2] == ["blocked", "nan"]
     assert (
@@ -291,6 +292,20 @@ def test_a_missing_file_is_one_sentence(tmp_path: Path) -> None:
     done = fake("screen", "-i", "none.txt", "-o", "out.csv", cwd=tmp_path)
     assert done.returncode == 2 and one_sentence(done.stderr) == "none.txt: no such file or directory"
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["in.txt", "in.csv"])
+def test_a_file_without_a_row_is_one_sentence(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).touch()
+    done = fake("screen", "-i", name, "-o", "out.jsonl", cwd=tmp_path)
+    assert done.returncode == 2
+    assert one_sentence(done.stderr) == f"{name}: holds no row; give at least one prompt"
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
+def test_a_limit_is_shown_as_it_is() -> None:
+    verdict = Verdict(True, "concept", 0.625, 0.625, 1, ((0.25,),), probes=1, timings_ms={"total": 1.0})
+    assert click.unstyle(table_line("a star", verdict)).split()[1:3] == ["0.625", "0.625"]
 
 
 def test_probes_are_saved_by_the_number_of_the_prompt(tmp_path: Path) -> None:
