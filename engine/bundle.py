@@ -5,6 +5,7 @@ their path is asked for, all else when the bundle is opened. `shapes` is the bun
 anything else is a folder.
 """
 
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -46,13 +47,16 @@ class Bundle:
 def open_bundle(
     name: str | Path | Bundle, *, engine_key: Path | None = None, verify: Verify = "settings"
 ) -> Bundle:
-    """Find and check a bundle, `shapes` or a folder; an opened one stays as it is. Raises BundleError.
+    """Find and check a bundle, `shapes` or a folder; an opened one stays as it is. Raises BundleError, and
+    ValueError for what is neither.
 
     `engine_key` names another key for engines than the user's usual one. With `verify="full"` every graph is
     compared with the manifest now, and not when it is opened.
     """
     if isinstance(name, Bundle):
         return name
+    if not isinstance(name, str | os.PathLike):
+        raise ValueError(f"a bundle is {SHIPPED!r}, a folder, or an opened Bundle; got {name!r}")
     shipped = str(name) == SHIPPED
     folder = BUNDLE_FOLDER if shipped else Path(name)
     return Bundle(folder, Manifest.load(folder, verify=verify, installed=shipped), engine_key)

@@ -9,7 +9,7 @@ value that is not finite is a blocked verdict.
 import secrets
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -26,6 +26,7 @@ from safelight.engine.tally import Pictures, Tally, resolve
 from safelight.engine.tokenizer import open_tokenizer
 from safelight.errors import SafelightError, ShapeError
 from safelight.kernels.philox import split_seed
+from safelight.plain import is_number
 from safelight.probe import ProbeConfig
 from safelight.verdict import Verdict
 
@@ -55,7 +56,7 @@ class Detector:
         """The parts, not held against the bundle's policy: for calibration and measurements. Settings as for
         `open`.
         """
-        if timeout_s is not None and not timeout_s > 0:
+        if timeout_s is not None and not (is_number(timeout_s) and timeout_s > 0):
             raise ValueError(f"timeout_s must be greater than 0 seconds; got {timeout_s!r}")
         self.bundle = bundle
         manifest = bundle.manifest
@@ -121,6 +122,7 @@ class Detector:
         are resolved. Raises BundleError, BackendUnavailable, and ValueError for settings out of range.
         """
         opened = open_bundle(bundle)
+        _check_probe(probe)
         if steps in (None, 1) and not opened.manifest.distilled:
             raise ValueError(
                 f"{opened.folder} holds no one-step model, so one step would show the checker a blur; give "
@@ -196,12 +198,17 @@ class Detector:
         return self.check_batch([prompt], seed=seed)[0]
 
     def check_batch(
-        self, prompts: Sequence[str], *, seed: int | Sequence[int] | None = None
+        self, prompts: Iterable[str], *, seed: int | Sequence[int] | None = None
     ) -> list[Verdict]:
-        """Verdicts on several prompts, each what `check` says with the same seed, one for all or each."""
-        if isinstance(prompts, str):
+        """Verdicts on several prompts, each what `check` says with the same seed, one for all or each. Raises
+        as `check`, and ValueError for one text, or what holds none.
+        """
+        if isinstance(prompts, str | bytes):
             raise ValueError("check_batch takes a list of prompts; got one text; use check")
-        return [tally_and_verdict[1] for tally_and_verdict in self._checked(prompts, seed, keep_images=False)]
+        if not isinstance(prompts, Iterable):
+            raise ValueError(f"check_batch takes a list of prompts; got {prompts!r}")
+        found = self._checked(list(prompts), seed, keep_images=False)
+        return [tally_and_verdict[1] for tally_and_verdict in found]
 
     def check_with_images(self, prompt: str, *, seed: int | None = None) -> tuple[Verdict, Pictures]:
         """The verdict and the pictures of its evaluated probes, float32 (P, 3, H, W) in [0, 1]; P may be 0.
@@ -222,8 +229,10 @@ class Detector:
         Without `probe` the image checker alone looks at it, at all of it. With `probe` its embedding (the
         encoder's latents) is probed too, as an image-to-image request's would be, by that kind, count, angle
         and threshold: that can block what the checker alone lets pass, never the reverse. What cannot be
-        decoded, is too large, moves, or is of another format is blocked. Raises as `check`.
+        decoded, is too large, moves, or is of another format is blocked. Raises as `check`, and ValueError
+        for a `probe` that is none.
         """
+        _check_probe(probe)
         (drawn,) = _seeds(seed, 1)
         start = time.monotonic()
         with self._lock:
@@ -362,9 +371,18 @@ def _seeds(seed: int | Sequence[int] | None, count: int) -> list[int]:
     """One seed per request; secret ones where none is given. Raises ValueError."""
     if seed is None:
         return [secrets.randbits(64) for _ in range(count)]
-    seeds = [seed] * count if isinstance(seed, int) else list(seed)
+    if isinstance(seed, str | bytes) or not isinstance(seed, Iterable):
+        seeds: list[Any] = [seed] * count
+    else:
+        seeds = list(seed)
     if len(seeds) != count:
         raise ValueError(f"give one seed for all, or one for each of the {count} prompts; got {len(seeds)}")
     for value in seeds:
         split_seed(value)
-    return seeds
+    return [int(value) for value in seeds]
+
+
+def _check_probe(probe: ProbeConfig | None) -> None:
+    """Raises ValueError for what is no ProbeConfig."""
+    if probe is not None and not isinstance(probe, ProbeConfig):
+        raise ValueError(f"probe must be a ProbeConfig, or None; got {probe!r}")

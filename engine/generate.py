@@ -141,7 +141,7 @@ class Generator:
         and SafelightError where the generator is closed. A fault while generating is a blocked
         `image_verdict`.
         """
-        scale = self.bundle.manifest.guidance_scale if guidance_scale is None else float(guidance_scale)
+        scale = self.bundle.manifest.guidance_scale if guidance_scale is None else guidance_scale
         trajectory = Trajectory(steps, scale, solver or self._sampler.solver)
         self._sampler.check(trajectory)
         self._check_guidance(guidance, trajectory)
@@ -179,6 +179,8 @@ class Generator:
     def _check_guidance(self, guidance: SafeCFG | None, trajectory: Trajectory) -> None:
         if guidance is None:
             return
+        if not isinstance(guidance, SafeCFG):
+            raise ValueError(f"guidance must be a SafeCFG, or None; got {guidance!r}")
         if self._redirection is None:
             raise ValueError(
                 f"{self.bundle.folder} holds no redirector, so guidance cannot be redirected; export a model "

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from safelight.engine.backends import Stage
+from safelight.plain import is_number
 
 Floats = NDArray[np.float32]
 # Chosen on the shipped model between clean captions and those that ask for the concept; not calibrated.
@@ -39,13 +40,15 @@ class SafeCFG:
     threshold: float | None = None
 
     def __post_init__(self) -> None:
-        if not 0.0 <= self.strength < math.inf:
+        if not (is_number(self.strength) and 0.0 <= self.strength < math.inf):
             raise ValueError(f"strength must be finite and at least 0; got {self.strength!r}")
+        if not isinstance(self.dynamic, bool):
+            raise ValueError(f"dynamic must be True or False; got {self.dynamic!r}")
         if self.threshold is None:
             return
         if not self.dynamic:
             raise ValueError("threshold belongs to dynamic strength; leave it out, or dynamic=False")
-        if not 0.0 < self.threshold < math.inf:
+        if not (is_number(self.threshold) and 0.0 < self.threshold < math.inf):
             raise ValueError(f"threshold must be finite and above 0; got {self.threshold!r}")
 
     @property

@@ -63,17 +63,26 @@ def read_prompts(path: Path, column: str = "prompt") -> Iterator[PromptRow]:
     """Yield the rows of a file. `column` names the column of csv and parquet and the key of jsonl objects.
 
     A bad row (invalid JSON, no such key, not a string, not UTF-8, over 32,000 characters) is yielded with its
-    fault. Raises ValueError for an unknown suffix, text marked as UTF-16 or UTF-32, or a table without the
-    column, OSError for a file that cannot be read, SafelightError where pyarrow is missing or the file is no
-    parquet.
+    fault. Raises ValueError for an unknown suffix, text marked as UTF-16 or UTF-32, a table without the
+    column or a file without a row, OSError for a file that cannot be read, SafelightError where pyarrow is
+    missing or the file is no parquet.
     """
+    empty = True
+    for row in _rows(path, column):
+        empty = False
+        yield row
+    if empty:
+        raise ValueError(f"{path}: holds no row; give at least one prompt")
+
+
+def _rows(path: Path, column: str) -> Iterator[PromptRow]:
+    """The rows of a file, if it has any."""
     suffix = file_format(path)
     if suffix == ".parquet":
-        yield from _parquet(path, column)
-    elif suffix == ".csv":
-        yield from _csv(path, column)
-    else:
-        yield from _lines(path, None if suffix == ".txt" else column)
+        return _parquet(path, column)
+    if suffix == ".csv":
+        return _csv(path, column)
+    return _lines(path, None if suffix == ".txt" else column)
 
 
 def all_prompts(path: Path, column: str = "prompt") -> Iterator[str]:
@@ -187,11 +196,13 @@ def _csv(path: Path, column: str) -> Iterator[PromptRow]:
     ) as file:
         records = csv.reader(file, strict=True)
         try:
-            header = next(records, [])
+            header = next(records, None)
         except csv.Error as error:
             raise ValueError(
                 f"{path}: the first line must name the columns, and is not CSV ({error})"
             ) from None
+        if header is None:
+            return
         if column not in header:
             raise ValueError(f"{path}: no column {column!r} among {header}; name the column with --column")
         at, number = header.index(column), 0

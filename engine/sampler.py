@@ -18,6 +18,7 @@ from safelight.engine.tokenizer import PromptTokenizer
 from safelight.errors import ShapeError
 from safelight.kernels import host
 from safelight.manifest import Manifest
+from safelight.plain import is_number
 from safelight.schedule import OneStep, Solver
 
 Floats = NDArray[np.float32]
@@ -35,7 +36,7 @@ class Trajectory:
     def __post_init__(self) -> None:
         if type(self.steps) is not int:
             raise ValueError(f"steps must be a whole number; got {self.steps!r}")
-        if not 0.0 <= self.guidance_scale < math.inf:
+        if not (is_number(self.guidance_scale) and 0.0 <= self.guidance_scale < math.inf):
             raise ValueError(f"guidance_scale must be finite and at least 0; got {self.guidance_scale!r}")
 
     @property

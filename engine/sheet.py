@@ -207,7 +207,7 @@ def _verdict(draw: ImageDraw.ImageDraw, verdict: Verdict, x: int, y: int, height
     if verdict.probes:
         lines.append(f"{hits} of {verdict.probes} probes flagged")
     if math.isfinite(verdict.score) and math.isfinite(verdict.threshold):
-        lines.append(f"score {verdict.score:.2f}, limit {verdict.threshold:.2f}")
+        lines.append(f"score {verdict.score:.3g}, limit {verdict.threshold:.3g}")
     lines += [f"{spent:.0f} ms"] if spent is not None else []
     top = y + (height - 28 - 18 * len(lines)) / 2
     write(draw, (x, top), "BLOCKED" if verdict.blocked else "PASSED", 20, RED if verdict.blocked else GREEN)

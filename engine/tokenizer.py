@@ -46,9 +46,11 @@ class PromptTokenizer:
         """Ids int64 (W,), and how many tokens did not fit, at most, into a window.
 
         W is L for each text encoder in turn, each window begun, ended and filled up. Raises ValueError for
-        text over 32,000 characters, that is not valid Unicode, or with a character inside of a word that some
-        tokenizers leave out (zero-width, control, unassigned), so that others would read another word.
+        what is no text, is over 32,000 characters, is not valid Unicode, or has a character inside of a word
+        that some tokenizers leave out (zero-width, control, unassigned), and so read another word.
         """
+        if not isinstance(text, str):
+            raise ValueError(f"a prompt is a str; got {type(text).__name__}")
         if len(text) > MAX_CHARACTERS:
             raise ValueError(f"a prompt has at most {MAX_CHARACTERS} characters; got {len(text)}; shorten it")
         try:

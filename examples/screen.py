@@ -11,7 +11,7 @@ def main() -> None:
         for prompt in PROMPTS:
             verdict = detector.check(prompt)
             word = "blocked" if verdict.blocked else "passed"
-            print(f"{word:8} score {verdict.score:.2f}, limit {verdict.threshold:.2f}  {prompt}")
+            print(f"{word:8} score {verdict.score:<5.3g}, limit {verdict.threshold:.3g}  {prompt}")
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ from safelight.errors import BundleError, ExportError, SafelightError
 from safelight.export.weights import round_to_half
 from safelight.kernels.reference import concept_margins
 from safelight.manifest import DETECTORS, GRAPHS, OPTIONAL_GRAPHS, GraphEntry, Manifest, Row, Source
-from safelight.models.shapes import MODEL_FOLDER
+from safelight.models.shapes import MODEL_FOLDER, MODEL_PLACE
 
 # Largest accepted differences. The single networks are float32 in both bodies and differ by the order of
 # their sums: 1e-4 of the output's largest magnitude. So does the detector that looks at latents, which rounds
@@ -98,9 +98,14 @@ def verify_bundle(bundle: Path, model: Path | None) -> tuple[Row, ...]:
 def _folder_of(source: Source, bundle: Path) -> Path:
     if source.revision is not None and not source.changes:
         return locate_model(source.name, revision=source.revision, variant=source.variant).path
-    for path in (MODEL_FOLDER,) if source.name == SHIPPED else (Path(source.name),):
-        if path.is_dir() and not source.changes:
-            return path
+    shipped = source.name == SHIPPED
+    path = MODEL_FOLDER if shipped else Path(source.name)
+    if path.is_dir() and not source.changes:
+        return path
+    if shipped and not source.changes:
+        raise BundleError(
+            f"{bundle} was made from {MODEL_PLACE}, which is in no wheel; get it and name it with --model DIR"
+        )
     raise BundleError(
         f"{bundle} was made from {source.name!r}, which is no folder here; name it with --model DIR"
         f"{_how(source)}"

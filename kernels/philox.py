@@ -63,9 +63,10 @@ def philox4x32(
 
 
 def split_seed(seed: int) -> tuple[int, int]:
-    """The two key words of a 64-bit seed. Raises ValueError outside [0, 2**64)."""
-    if not 0 <= seed < 2**64:
-        raise ValueError(f"seed must be a whole number in [0, 2**64); got {seed}")
+    """The two key words of a 64-bit seed. Raises ValueError for what is no whole number in [0, 2**64)."""
+    whole = isinstance(seed, int | np.integer) and not isinstance(seed, bool)
+    if not (whole and 0 <= seed < 2**64):
+        raise ValueError(f"seed must be a whole number in [0, 2**64); got {seed!r}")
     return seed & 0xFFFFFFFF, seed >> 32
 
 

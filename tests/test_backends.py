@@ -312,7 +312,7 @@ def test_an_unknown_backend_is_the_callers_mistake(small: Bundle, name: str) -> 
 @pytest.mark.parametrize("threads", [0, -1])
 @pytest.mark.parametrize("name", [*BACKENDS, "auto"])
 def test_threads_are_at_least_1(small: Bundle, name: str, threads: int) -> None:
-    with pytest.raises(ValueError, match=f"threads must be at least 1; got {threads}"):
+    with pytest.raises(ValueError, match=f"threads must be a whole number, at least 1; got {threads}"):
         open_backend(name, small, threads=threads)
 
 
@@ -336,6 +336,14 @@ def test_an_explicit_request_never_falls_back(
 def test_onnx_runtime_reads_no_model_folder(small: Bundle, tiny_model: Path) -> None:
     with pytest.raises(ValueError, match="goes with backend torch"):
         open_backend("onnxruntime", small, model=tiny_model)
+
+
+def test_torch_says_where_the_weights_of_the_shipped_bundle_lie(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("safelight.engine.backends.torch.MODEL_FOLDER", tmp_path / "none")
+    with pytest.raises(BundleError, match=r"shapes was made from \(models/shapes/model of .*\); name"):
+        open_backend("torch", open_bundle("shapes"))
 
 
 def test_torch_runs_the_bundles_own_weights_or_none(

@@ -306,6 +306,11 @@ def test_a_seed_out_of_range_is_the_callers_mistake(detector: Detector) -> None:
     assert len(seeds) == 8
 
 
+def test_a_probe_that_is_none_is_the_callers_mistake(detector: Detector) -> None:
+    with pytest.raises(ValueError, match="probe must be a ProbeConfig, or None; got {'count': 8}"):
+        detector.check_image(plain(64, 64), probe={"count": 8})
+
+
 def test_a_picture_that_takes_too_long_is_blocked(tiny_bundle: Path) -> None:
     with Detector.open(tiny_bundle, timeout_s=1e-6, threads=1) as detector:
         for probe in (None, LATENTS):

@@ -1,6 +1,8 @@
 """The command line: data on stdout, one sentence on stderr, and an exit code that tells what happened."""
 
+import errno
 import json
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +13,7 @@ import pytest
 from click.testing import CliRunner
 
 from safelight.cli import EXTRAS, main
+from safelight.cli.screening import line as table_line
 from safelight.verdict import Verdict
 
 COMMANDS = ["screen", "generate", "export", "verify", "inspect", "synth", "calibrate", "doctor", "bench"]
@@ -110,7 +113,9 @@ def test_version_and_module() -> None:
         (["screen", "p", "--kind", "square"], "'square' is not one of"),
         (["generate"], "Missing argument"),
         (["generate", "a", "b", "-o", "one.png"], "several images need a folder"),
-        (["generate", "a", "-o", "one.jpg"], "one image a .png file"),
+        (["generate", "a", "-o", "one.jpg"], "-o one.jpg: .jpg is not written, .png is; name a .png file"),
+        (["calibrate", "shapes"], "shapes is calibrated"),
+        (["calibrate", "shapes", "--clean", "a.txt", "--restricted", "b.txt"], "calibrate the copy"),
         (["export", "m", "b", "--precision", "int4"], "'int4' is not one of"),
         (["bench", "nothing"], "No such command 'nothing'"),
     ],
@@ -131,7 +136,7 @@ def test_a_table_goes_to_stdout_and_notes_to_stderr() -> None:
     done = fake("screen", "a red circle", "a star\x1b[31m", "slow", "a long prompt")
     lines = done.stdout.splitlines()
     assert done.returncode == 0 and len(lines) == 5
-    assert lines[1].split() == ["passed", "0.00", "0.25", "12", "a", "red", "circle"]
+    assert lines[1].split() == ["passed", "0", "0.25", "12", "a", "red", "circle"]
     assert lines[2].startswith("blocked") and "\x1b" not in done.stdout
     assert lines[3].split()[:2] == ["blocked", "nan"]
     assert (
@@ -190,6 +195,74 @@ def test_ctrl_c_is_130_and_keeps_the_rows_that_are_done(tmp_path: Path) -> None:
     assert len((tmp_path / "out.jsonl").read_text().splitlines()) == 2
 
 
+# A command whose new folder is half written when the signal of that number comes.
+PARTIAL = """
+import os, pathlib, signal, click
+from safelight.cli import main
+from safelight.new_folder import new_folder
+@main.command("write")
+@click.argument("number", type=int)
+def write(number):
+    with new_folder(pathlib.Path("out")) as partial:
+        (partial / "graph").write_text("half")
+        os.kill(os.getpid(), number)
+        for _ in range(10**9): pass
+"""
+
+
+@pytest.mark.parametrize(
+    ("number", "ignored", "code", "said"),
+    [
+        (signal.SIGTERM, False, 143, "terminated"),
+        (signal.SIGTERM, True, 143, "terminated"),
+        (signal.SIGINT, False, 130, "interrupted"),
+    ],
+    ids=["SIGTERM", "SIGTERM where Ctrl-C is ignored", "SIGINT"],
+)
+def test_a_signal_leaves_nothing_half_written(
+    tmp_path: Path, number: int, ignored: bool, code: int, said: str
+) -> None:
+    before = PARTIAL + ("signal.signal(signal.SIGINT, signal.SIG_IGN)\n" if ignored else "")
+    done = fake("write", str(int(number)), cwd=tmp_path, before=before)
+    assert done.returncode == code and one_sentence(done.stderr.lstrip("\n")) == said
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_sigterm_is_as_it_was_once_the_command_is_done() -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    assert CliRunner().invoke(main, ["screen"]).exit_code == 2
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (
+            FileNotFoundError(errno.ENOENT, "No such file or directory", "a.txt"),
+            "a.txt: no such file or directory",
+        ),
+        (FileNotFoundError(errno.ENOENT, "No such file", b"a.txt"), "a.txt: no such file"),
+        (
+            OSError(errno.EXDEV, "Invalid cross-device link", "a", None, "b"),
+            "a -> b: invalid cross-device link",
+        ),
+        (OSError(errno.EBADF, "Bad file descriptor", 7), "bad file descriptor"),
+        (OSError(errno.ENOSPC, "No space left on device"), "no space left on device"),
+        (OSError("cannot identify the image"), "cannot identify the image"),
+    ],
+    ids=str,
+)
+def test_what_the_system_refuses_is_a_sentence(
+    monkeypatch: pytest.MonkeyPatch, error: OSError, said: str
+) -> None:
+    def refuse(options: object) -> None:
+        raise error
+
+    monkeypatch.setattr("safelight.cli.screening.open_detector", refuse)
+    result = CliRunner().invoke(main, ["screen", "circle"])
+    assert result.exit_code == 2 and one_sentence(result.stderr) == said
+
+
 def test_a_reader_that_stops_early_is_no_error() -> None:
     code = FAKE + "\nfrom safelight.cli import main\nmain(['screen', '--json', *(['circle'] * 5000)])"
     process = subprocess.Popen(
@@ -218,8 +291,22 @@ def test_a_file_is_screened_and_summed_up(tmp_path: Path) -> None:
 
 def test_a_missing_file_is_one_sentence(tmp_path: Path) -> None:
     done = fake("screen", "-i", "none.txt", "-o", "out.csv", cwd=tmp_path)
-    assert done.returncode == 2 and "none.txt" in one_sentence(done.stderr)
+    assert done.returncode == 2 and one_sentence(done.stderr) == "none.txt: no such file or directory"
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["in.txt", "in.csv"])
+def test_a_file_without_a_row_is_one_sentence(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).touch()
+    done = fake("screen", "-i", name, "-o", "out.jsonl", cwd=tmp_path)
+    assert done.returncode == 2
+    assert one_sentence(done.stderr) == f"{name}: holds no row; give at least one prompt"
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
+def test_a_limit_is_shown_as_it_is() -> None:
+    verdict = Verdict(True, "concept", 0.625, 0.625, 1, ((0.25,),), probes=1, timings_ms={"total": 1.0})
+    assert click.unstyle(table_line("a star", verdict)).split()[1:3] == ["0.625", "0.625"]
 
 
 def test_probes_are_saved_by_the_number_of_the_prompt(tmp_path: Path) -> None:
@@ -292,3 +379,38 @@ def test_generate_json(generator: dict, tmp_path: Path) -> None:
     row = json.loads(result.stdout)
     assert row["image"] == str(output) and output.exists() and row["verdict"]["blocked"] is False
     assert row["image_verdict"]["blocked"] is False and generator["call"]["guidance_scale"] == 3.0
+
+
+def test_an_older_picture_is_never_taken_for_a_blocked_one(generator: dict, tmp_path: Path) -> None:
+    keep = tmp_path / "keep.png"
+    for prompt in ("star", "odd ring"):
+        keep.write_bytes(b"older")
+        assert CliRunner().invoke(main, ["generate", prompt, "-o", str(keep)]).exit_code == 0
+        assert not keep.exists()
+    for name in ("1.png", "2.png", "3.png", "1.txt"):
+        (tmp_path / name).write_bytes(b"older")
+    CliRunner().invoke(main, ["generate", "star", "circle", "-o", str(tmp_path)])
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["1.txt", "2.png", "3.png"]
+    assert (tmp_path / "2.png").read_bytes() != b"older" == (tmp_path / "3.png").read_bytes()
+
+
+def test_a_wrong_call_removes_no_picture(tmp_path: Path) -> None:
+    keep = tmp_path / "keep.png"
+    keep.write_bytes(b"older")
+    words = ["generate", "star", "-o", str(keep), "--bundle", str(tmp_path / "none")]
+    assert CliRunner().invoke(main, words).exit_code == 2 and keep.read_bytes() == b"older"
+
+
+def test_a_picture_is_written_whole_or_not_at_all(
+    generator: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def write(path: Path, content: bytes) -> None:
+        with path.open("wb") as file:
+            file.write(content[:7])
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", write)
+    output = tmp_path / "c.png"
+    result = CliRunner().invoke(main, ["generate", "circle", "-o", str(output)])
+    assert result.exit_code == 2 and one_sentence(result.stderr) == f"{output}: no space left on device"
+    assert list(tmp_path.iterdir()) == []

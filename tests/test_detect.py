@@ -164,16 +164,28 @@ def test_one_seed_serves_all_and_many_must_fit(told: Any) -> None:
     ]
     with pytest.raises(ValueError, match="one for each of the 2 prompts; got 3"):
         detector.check_batch(["a", "b"], seed=[1, 2, 3])
-    for seed in (-1, 2**64):
-        with pytest.raises(ValueError, match=rf"seed must be a whole number in \[0, 2\*\*64\); got {seed}"):
+    assert detector.check("a", seed=np.int64(7)).seed == 7
+    for seed in (-1, 2**64, "1", b"1", 1.5, True):
+        with pytest.raises(ValueError, match=rf"seed must be a whole number in \[0, 2\*\*64\); got {seed!r}"):
             detector.check("a", seed=seed)
         with pytest.raises(ValueError, match="seed must be"):
             detector.check_batch(["a", "b"], seed=[1, seed])
 
 
 def test_a_prompt_is_not_a_batch(told: Any) -> None:
-    with pytest.raises(ValueError, match="takes a list of prompts; got one text; use check"):
-        told(Model(patterned), probes(4)).check_batch("star")
+    detector = told(Model(patterned), probes(4))
+    for text in ("star", b"star"):
+        with pytest.raises(ValueError, match="takes a list of prompts; got one text; use check"):
+            detector.check_batch(text)
+    with pytest.raises(ValueError, match="takes a list of prompts; got None"):
+        detector.check_batch(None)
+
+
+def test_a_batch_is_whatever_gives_prompts(told: Any) -> None:
+    detector = told(Model(patterned), probes(4))
+    listed = detector.check_batch(["a", "b"], seed=7)
+    streamed = detector.check_batch((text for text in ("a", "b")), seed=7)
+    assert len(streamed) == 2 and all(map(same, streamed, listed))
 
 
 def test_secret_seeds_differ_and_repeat_their_verdict(told: Any) -> None:
@@ -210,11 +222,28 @@ def test_a_policy_may_be_tightened_never_loosened(tiny_bundle: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "named", [{"backend": "cuda"}, {"steps": 0}, {"steps": 5000}, {"threads": 0}, {"timeout_s": 0}]
+    "named",
+    [
+        {"backend": "cuda"},
+        {"steps": 0},
+        {"steps": 5000},
+        {"threads": 0},
+        {"threads": "2"},
+        {"timeout_s": 0},
+        {"timeout_s": "5"},
+        {"probe": {"count": 8}},
+    ],
+    ids=str,
 )
 def test_settings_out_of_range_are_the_callers_mistake(tiny_bundle: Path, named: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=next(iter(named))):
         Detector.open(tiny_bundle, **named)
+
+
+@pytest.mark.parametrize("name", [None, 3])
+def test_a_bundle_is_a_name_or_a_folder(name: Any) -> None:
+    with pytest.raises(ValueError, match=f"a bundle is 'shapes', a folder, or an opened Bundle; got {name}"):
+        Detector.open(name)
 
 
 def test_a_model_without_a_one_step_student_is_not_asked_for_one_step(

@@ -28,7 +28,8 @@ def test_what_is_no_prompt_is_blocked(told: Any, prompt: Any) -> None:
     model = Model(lambda *_: -0.5)
     verdict = told(model, probes(4)).check(prompt)
     assert verdict.blocked and verdict.reason == "error" and verdict.probes == 0 and model.calls == []
-    assert verdict.detail and verdict.detail.split(":")[0] in ("ValueError", "TypeError", "AttributeError")
+    assert verdict.detail and verdict.detail.startswith("ValueError: a prompt ")
+    assert isinstance(prompt, str) or "a prompt is a str; got " in verdict.detail
 
 
 @pytest.mark.parametrize(
@@ -219,7 +220,7 @@ def test_a_timeout_of_something_else_is_an_error(told: Any) -> None:
     assert verdict.reason == "error" and verdict.detail == "TimeoutError: a file on the network"
 
 
-@pytest.mark.parametrize("timeout_s", [0, -1.0, NAN])
-def test_a_time_limit_is_positive(told: Any, timeout_s: float) -> None:
+@pytest.mark.parametrize("timeout_s", [0, -1.0, NAN, "5", True])
+def test_a_time_limit_is_positive(told: Any, timeout_s: Any) -> None:
     with pytest.raises(ValueError, match="timeout_s must be greater than 0 seconds"):
         told(Model(patterned), probes(4), timeout_s=timeout_s)

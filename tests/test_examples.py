@@ -29,6 +29,10 @@ def test_generate_then_check_the_picture(tmp_path: Path) -> None:
     run("examples/generate.py", "a red circle", "circle.png", folder=tmp_path)
     with Image.open(tmp_path / "circle.png") as picture:
         assert picture.size == (64, 64) and picture.mode == "RGB"
+    assert not (tmp_path / "out").exists()
+    run("examples/generate.py", folder=tmp_path)
+    assert [path.name for path in tmp_path.rglob("heart.png")] == ["heart.png"]
+    assert (tmp_path / "out/heart.png").exists()  # a folder that git ignores in a checkout
     (tmp_path / "not.png").write_bytes(b"GIF89a")
     lines = run("examples/screen_image.py", "circle.png", "not.png", folder=tmp_path).splitlines()
     assert [line.split()[0] for line in lines] == ["passed", "blocked"]

@@ -126,6 +126,10 @@ def test_one_and_one_over_eta_is_exactly_unconditional() -> None:
         ({"strength": -0.1}, "strength must be finite and at least 0; got -0.1"),
         ({"strength": math.nan}, "strength"),
         ({"strength": math.inf}, "strength"),
+        ({"strength": "x"}, "strength must be finite and at least 0; got 'x'"),
+        ({"strength": True}, "strength"),
+        ({"threshold": "x"}, "threshold must be finite and above 0; got 'x'"),
+        ({"dynamic": "no"}, "dynamic must be True or False; got 'no'"),
         ({"threshold": 0.0}, "threshold must be finite and above 0; got 0.0"),
         ({"threshold": math.nan}, "threshold"),
         ({"dynamic": False, "threshold": 0.2}, "threshold belongs to dynamic strength"),
@@ -323,6 +327,8 @@ def test_guidance_that_cannot_be_redirected_is_refused_before_anything_runs(
     for scale in (0.0, 1.0):
         with pytest.raises(ValueError, match=f"none at a guidance_scale of 1 or below; got {scale}"):
             generate(SafeCFG(1.0, dynamic=False), guidance_scale=scale)
+    with pytest.raises(ValueError, match="guidance must be a SafeCFG, or None; got 'x'"):
+        generate("x")
     assert made[0].detector.asked == 0 and graphs.rows == {}
     tiny = open_bundle(tiny_bundle)
     without = Generator(tiny, open_backend("onnxruntime", tiny, threads=1), Guard(), owned=False)  # type: ignore[arg-type]

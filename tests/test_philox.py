@@ -75,7 +75,7 @@ def test_normals_are_normal_and_bounded():
     assert np.abs(draw).max() <= np.sqrt(66 * np.log(2)) + 1e-6
 
 
-@pytest.mark.parametrize("seed", [-1, 2**64])
+@pytest.mark.parametrize("seed", [-1, 2**64, "1", 1.0, True, None])
 def test_a_seed_outside_64_bits_is_refused(seed):
     with pytest.raises(ValueError, match="seed"):
         philox.words(seed, Stream.LATENT, 4, probes=[0])

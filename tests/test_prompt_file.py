@@ -15,8 +15,6 @@ from safelight.errors import SafelightError
         ("in.txt", b"\xef\xbb\xbfone\r\n\r\n  \ntwo \n\xff\nthree", ["one", "two ", None, "three"]),
         ("in.jsonl", b'{"prompt": ""}\n\n{}\n"bare"\n', ["", None, "bare"]),
         ("in.csv", b'\xef\xbb\xbfprompt,id\r\n"a\r\nb",1\r\n\r\n,2\r\n', ["a\r\nb", ""]),
-        ("in.csv", b"prompt\n", []),
-        ("in.txt", b"", []),
     ],
 )
 def test_rows_are_read_and_counted_alike(
@@ -26,6 +24,24 @@ def test_rows_are_read_and_counted_alike(
     path.write_bytes(content)
     assert [row.prompt for row in read_prompts(path)] == prompts
     assert count_rows(path) == len(prompts)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("in.csv", b"prompt\n"),
+        ("in.csv", b""),
+        ("in.txt", b""),
+        ("in.txt", b" \n\r\n"),
+        ("in.jsonl", b"\n"),
+    ],
+)
+def test_a_file_without_a_row_is_the_callers_mistake(tmp_path: Path, name: str, content: bytes) -> None:
+    path = tmp_path / name
+    path.write_bytes(content)
+    assert count_rows(path) == 0
+    with pytest.raises(ValueError, match=f"{name}: holds no row; give at least one prompt"):
+        next(read_prompts(path))
 
 
 def test_the_same_prompt_has_the_same_digest_in_every_format(tmp_path: Path) -> None:

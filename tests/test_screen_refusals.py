@@ -56,7 +56,6 @@ def test_one_row_of_another_policy_refuses_the_output(tmp_path: Path, target: st
         ([*PROMPTS[:2], "changed", *PROMPTS], "row 3 is not the verdict on row 3"),
         ([PROMPTS[1], PROMPTS[0], PROMPTS[2]], "row 1 is not the verdict"),
         (PROMPTS[:2], r"holds row 3, which .*in\.jsonl does not have"),
-        ([], "holds row 1, which"),
     ],
 )
 def test_rows_of_another_input_are_not_mixed(tmp_path: Path, target: str, now: list, match: str) -> None:

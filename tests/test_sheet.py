@@ -130,3 +130,10 @@ def test_wrong_shapes_are_refused() -> None:
         Entry("p", verdict((-1.0,)), image=np.zeros((8, 8, 3), np.float32))
     with pytest.raises(ValueError, match="at least one"):
         draw_sheet([], title="t")
+
+
+def test_a_limit_is_written_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    written = []
+    monkeypatch.setattr(sheet, "write", lambda draw, place, text, *rest, **more: written.append(text))
+    draw_sheet([Entry("p", verdict((-0.1,), score=0.125, threshold=0.625))], title="t")
+    assert "score 0.125, limit 0.625" in written

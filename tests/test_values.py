@@ -27,6 +27,9 @@ def test_need_does_not_round_seven_of_a_hundred_up():
     [
         {"count": 0},
         {"count": 2.5},
+        {"count": True},
+        {"threshold": "0.5"},
+        {"angle_rad": "0.5"},
         {"threshold": 0.0},
         {"threshold": 1.1},
         {"threshold": math.nan},

@@ -30,6 +30,7 @@ from safelight.export.verify import (
 )
 from safelight.manifest import GRAPHS, FileEntry, Manifest
 
+CHECKOUT = Path(__file__).resolve().parents[1] / "models/shapes/model"  # no wheel holds the weights
 SMALL = {
     **{graph: {"batch 1", "batch 3"} for graph in GRAPHS},
     "detector": {
@@ -135,6 +136,19 @@ def test_the_model_is_found_by_its_name_or_asked_for(
     monkeypatch.setattr(verify, "compare", lambda bundle, folder: found.append(folder.path) or ())
     monkeypatch.chdir(tiny_model.parent)
     assert verify_bundle(tiny_bundle, None) == () and found == [Path(tiny_model.name)]
+
+
+def test_the_shipped_bundle_says_where_its_model_lies(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(verify, "MODEL_FOLDER", tmp_path / "none")
+    with pytest.raises(BundleError, match="shapes was made from models/shapes/model of .*--model"):
+        verify_bundle(Path("shapes"), None)
+    found = []
+    monkeypatch.undo()
+    monkeypatch.setattr(verify, "MODEL_FOLDER", CHECKOUT)
+    monkeypatch.setattr(verify, "compare", lambda bundle, folder: found.append(folder.path) or ())
+    assert verify_bundle(Path("shapes"), None) == () and found == [CHECKOUT]
 
 
 def test_inputs_are_of_the_kind_a_request_gives(tiny_bundle: Path) -> None:

@@ -27,7 +27,7 @@ def screen_all(detector: Detector, generator: Generator, seed: int) -> Iterator[
         spent_ms = (time.perf_counter() - start) * 1e3
         word = "blocked" if verdict.blocked else "passed"
         print(
-            f"{prompt:{width}}  {kind:11}{word:9}{verdict.score:6.2f}{verdict.threshold:7.2f}{spent_ms:6.0f}"
+            f"{prompt:{width}}  {kind:11}{word:9}{verdict.score:6.3g}{verdict.threshold:7.3g}{spent_ms:6.0f}"
         )
         made = None
         if not verdict.blocked:

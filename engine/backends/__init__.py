@@ -104,8 +104,8 @@ def open_backend(
         threads = None if name == "tensorrt" else threads  # of a processor, which was not chosen
     if name not in BACKENDS:
         raise ValueError(f"backend must be {AUTO!r} or one of {BACKENDS}; got {name!r}")
-    if threads is not None and threads < 1:
-        raise ValueError(f"threads must be at least 1; got {threads}")
+    if threads is not None and (type(threads) is not int or threads < 1):
+        raise ValueError(f"threads must be a whole number, at least 1; got {threads!r}")
     runtime, _, variant = name.partition(":")
     options: dict[str, Any] = {
         "device": device,

@@ -22,7 +22,7 @@ from safelight.engine.graphs.runner import open_runner
 from safelight.engine.model_folder import ModelFolder
 from safelight.errors import BundleError, ShapeError
 from safelight.manifest import GraphEntry
-from safelight.models.shapes import MODEL_FOLDER
+from safelight.models.shapes import MODEL_FOLDER, MODEL_PLACE
 
 
 class TorchStage:
@@ -158,9 +158,9 @@ def open_backend(
     source = bundle.manifest.source
     folder = model or (MODEL_FOLDER if source.name == SHIPPED else None)
     if folder is None or not folder.is_dir():
+        named = MODEL_PLACE if model is None and source.name == SHIPPED else source.name
         raise BundleError(
-            f"backend torch needs the model folder that {bundle.folder} was made from ({source.name}); "
-            f"name it with "
+            f"backend torch needs the model folder that {bundle.name} was made from ({named}); name it with "
             "model= or --model"
         )
     opened = ModelFolder.open(folder, source.variant)

@@ -8,5 +8,6 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent
 BUNDLE_FOLDER = ROOT / "bundle"
-MODEL_FOLDER = ROOT / "model"
+MODEL_FOLDER = ROOT / "model"  # in a checkout alone: no wheel holds the weights
+MODEL_PLACE = "models/shapes/model of safelight's source repository"
 ORACLE_FILE = ROOT / "oracle" / "model.safetensors"

@@ -10,10 +10,16 @@ import math
 from collections.abc import Mapping
 from dataclasses import Field, field, fields, is_dataclass
 from enum import Enum
+from numbers import Real
 from types import NoneType, UnionType
 from typing import Any, Union, get_args, get_origin
 
 _OPTIONAL = "optional"  # the mark in a field's metadata
+
+
+def is_number(value: object) -> bool:
+    """Whether a value is a real number, numpy's included; True and False are none."""
+    return isinstance(value, Real) and not isinstance(value, bool)
 
 
 def optional() -> Any:

@@ -10,6 +10,8 @@ from dataclasses import dataclass, fields
 from enum import StrEnum
 from typing import Any
 
+from safelight.plain import is_number
+
 MAX_PROBES = 1024
 
 
@@ -55,11 +57,11 @@ class ProbeConfig:
                 raise ValueError(
                     f"{name} must be one of {[item.value for item in enum]}; got {value!r}"
                 ) from None
-        if not (isinstance(self.count, int) and 1 <= self.count <= MAX_PROBES):
+        if not (is_number(self.count) and isinstance(self.count, int) and 1 <= self.count <= MAX_PROBES):
             raise ValueError(f"count must be a whole number from 1 to {MAX_PROBES}; got {self.count!r}")
-        if not 0.0 <= self.angle_rad <= math.pi / 2:
+        if not (is_number(self.angle_rad) and 0.0 <= self.angle_rad <= math.pi / 2):
             raise ValueError(f"angle_rad must lie in [0, pi/2] radians; got {self.angle_rad!r}")
-        if not 0.0 < self.threshold <= 1.0:
+        if not (is_number(self.threshold) and 0.0 < self.threshold <= 1.0):
             raise ValueError(f"threshold must lie in (0, 1], a share of the probes; got {self.threshold!r}")
         if self.kind is ProbeKind.TOKEN_SHIFT and self.target is not ProbeTarget.PROMPT:
             raise ValueError(

@@ -1,13 +1,18 @@
 """The command line. Data goes to stdout; errors go to stderr as one sentence.
 
 Exit codes: 0 done; 1 `doctor` or `verify` found a fault, or `evaluate` too many errors; 2 a wrong call, or
-something in the world that is not as it must be; 3 blocked, with --fail-on-block; 130 interrupted. Every room
-is imported inside the command that needs it.
+something in the world that is not as it must be; 3 blocked, with --fail-on-block; 130 interrupted, 143 by
+SIGTERM, which is an interrupt in all else. Every room is imported inside the command that needs it.
 """
 
+import os
+import signal
 import sys
+import threading
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from types import FrameType
 from typing import Any
 
 import click
@@ -38,6 +43,7 @@ EXTRAS = {
     **dict.fromkeys(("pyarrow",), "parquet"),
 }
 INTERRUPTED = 130
+TERMINATED = 143
 
 
 class OneSentence(click.Group):
@@ -49,10 +55,12 @@ class OneSentence(click.Group):
         """Run the command line and exit; parameters as for `click.Command.main`, but always on its own."""
         named["standalone_mode"] = False
         try:
-            with warnings.catch_warnings():
+            with warnings.catch_warnings(), _sigterm_interrupts() as terminated:
                 warnings.showwarning = _warn(warnings.showwarning)
                 code = super().main(args, *other, **named)
         except click.Abort as stop:
+            if terminated():
+                _fail(str(stop) or "terminated", TERMINATED)
             _fail(str(stop) or "interrupted", INTERRUPTED)
         except click.exceptions.NoArgsIsHelpError as error:
             click.echo(error.format_message(), err=True)
@@ -68,9 +76,44 @@ class OneSentence(click.Group):
                 raise
             remedy = f"pip install 'safelight[{extra_name}]'"
             _fail(f"this command needs {error.name}, which is not installed; do: {remedy}")
-        except (SafelightError, ValueError, OSError) as error:
+        except OSError as error:
+            _fail(_sentence(error))
+        except (SafelightError, ValueError) as error:
             _fail(str(error))
         sys.exit(code if isinstance(code, int) else 0)
+
+
+@contextmanager
+def _sigterm_interrupts() -> Iterator[Callable[[], bool]]:
+    """Within it SIGTERM does what Ctrl-C does, in the same handler; says whether it came."""
+    came = False
+
+    def terminate(number: int, frame: FrameType | None) -> None:
+        nonlocal came
+        came = True
+        handler = signal.getsignal(signal.SIGINT)
+        if not callable(handler):  # Ctrl-C is ignored, as in the background of a shell
+            raise KeyboardInterrupt
+        handler(signal.SIGINT, frame)
+
+    main_thread = threading.current_thread() is threading.main_thread()  # no other may set a handler
+    if not main_thread or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
+        yield lambda: came
+        return
+    signal.signal(signal.SIGTERM, terminate)
+    try:
+        yield lambda: came
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def _sentence(error: OSError) -> str:
+    """The files, where they are known, and what the system says of them."""
+    if not error.strerror:
+        return str(error)
+    names = [name for name in (error.filename, error.filename2) if isinstance(name, str | bytes)]
+    said = error.strerror[:1].lower() + error.strerror[1:]
+    return ": ".join([" -> ".join(map(os.fsdecode, names)), said] if names else [said])
 
 
 def _warn(shown: Callable[..., None]) -> Callable[..., None]:

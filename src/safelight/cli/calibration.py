@@ -14,7 +14,9 @@ ROTATED = ("tokens", "tokens+eos", "tokens+eos+pad")
 
 @click.command()
 @click.argument("bundle", type=FILE)
-@click.option("--clean", type=FILE, help="Prompts that must pass.  [default for shapes: its own captions]")
+@click.option(
+    "--clean", type=FILE, help="Prompts that must pass.  [default for a copy of shapes: its captions]"
+)
 @click.option("--restricted", type=FILE, help="Prompts that must be blocked.  [default: likewise]")
 @click.option("--column", default="prompt", show_default=True, help="Column, or JSON key, of the prompt.")
 @click.option(
@@ -35,6 +37,7 @@ def calibrate(bundle: Path, **options: Any) -> None:
     manifest.
 
     Half of the prompts choose; the other half, which took no part in it, gives the figures that are reported.
+    The shipped bundle `shapes` is calibrated, and stays as it is; name a copy of its folder instead.
     """
     from safelight.engine import calibration
     from safelight.engine.bundle import SHIPPED, open_bundle
@@ -42,6 +45,11 @@ def calibrate(bundle: Path, **options: Any) -> None:
 
     if (options["clean"] is None) != (options["restricted"] is None):
         raise click.UsageError("--clean and --restricted go together")
+    if str(bundle) == SHIPPED:
+        raise click.UsageError(
+            f"{SHIPPED} is calibrated, and shared by all who use this installation; copy its folder, which "
+            f"`safelight inspect {SHIPPED}` names, and calibrate the copy"
+        )
     opened = open_bundle(bundle)
     limit = options["limit"]
     if options["clean"] is None:

@@ -1,7 +1,9 @@
 """`safelight generate`: detection, then the model, then the image checker."""
 
+import io
 import json
 import math
+import os
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -21,7 +23,8 @@ SOLVERS = ("ddim", "euler", "dpmpp_2m")  # those of safelight.schedule, which ne
     type=click.Path(path_type=Path),
     default="out.png",
     show_default=True,
-    help="A .png file for one prompt, or a folder that receives 1.png, 2.png, ...",
+    help="A .png file for one prompt, or a folder that receives 1.png, 2.png, ...; older files of these "
+    "names are removed at the start, so that none is taken for what was blocked.",
 )
 @click.option(
     "--image-steps", type=click.IntRange(1), default=25, show_default=True, help="Steps of the image."
@@ -59,6 +62,8 @@ def generate(**options: Any) -> int:
         closing(open_detector(dict(options), by_component=None)) as detector,
         closing(Generator.open(detector.bundle, detector=detector)) as generator,
     ):
+        for path in paths:
+            path.unlink(missing_ok=True)
         for prompt, path in zip(prompts, paths, strict=True):
             made = generator.generate(prompt, **call)
             blocked += made.image is None
@@ -88,17 +93,29 @@ def _paths(output: Path, count: int) -> list[Path]:
     if output.suffix.lower() == ".png" and count == 1:
         return [output]
     if output.suffix:
+        if output.suffix.lower() == ".png":
+            raise click.UsageError(f"-o {output}: several images need a folder")
         raise click.UsageError(
-            f"-o {output}: several images need a folder, one image a .png file or a folder"
+            f"-o {output}: {output.suffix} is not written, .png is; name a .png file, or a folder for several"
         )
     return [output / f"{number}.png" for number in range(1, count + 1)]
 
 
 def _save(path: Path, image: Any) -> None:
+    """Write a picture, whole or not at all. Raises OSError, which names `path`."""
     from PIL import Image
 
+    encoded = io.BytesIO()
+    Image.fromarray(image).save(encoded, "PNG")
     path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(image).save(path)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        partial.write_bytes(encoded.getbuffer())
+        os.replace(partial, path)
+    except OSError as fault:
+        raise OSError(fault.errno, fault.strerror, str(path)) from fault
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def _print(prompt: str, made: Any, path: Path | None, *, as_json: bool) -> None:

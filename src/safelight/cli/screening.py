@@ -88,7 +88,7 @@ def line(prompt: str, verdict: Verdict) -> str:
     )
     spent = verdict.timings_ms.get("total", float("nan"))
     shown = "".join(character if character.isprintable() else " " for character in prompt)
-    return f"{word}{verdict.score:6.2f}{verdict.threshold:7.2f}{spent:7.0f}  {shown}"
+    return f"{word}{verdict.score:6.3g}{verdict.threshold:7.3g}{spent:7.0f}  {shown}"
 
 
 def _notes(verdict: Verdict) -> list[str]:
