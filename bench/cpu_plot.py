@@ -9,6 +9,8 @@ import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
+from matplotlib.figure import Figure
+
 PEERS = ("diffusers", "openvino per component")
 _DULL = re.compile(r" (CPUExecutionProvider|CPU|loop, torch cpu)")  # what all of a kind have in common
 _SHAPE = re.compile(r"R1 P(\d+) (\d+)x\2 (.+)")
@@ -17,14 +19,11 @@ Panels = dict[tuple[int, str], dict[str, float]]  # (pixels, who looks at what) 
 
 
 def read(path: Path, probes: int) -> Panels:
-    """What the file says of one prompt with this many probes, all evaluated. Raises ValueError where it says
-    nothing.
-    """
+    """What the file says of one prompt with this many probes, all evaluated; nothing where there is none."""
+    if not path.exists():
+        return {}
     with path.open(encoding="utf-8", newline="") as file:
-        panels = gather(csv.DictReader(file), probes)
-    if not panels:
-        raise ValueError(f"{path} holds no path with {probes} probes; run `safelight bench cpu` first")
-    return panels
+        return gather(csv.DictReader(file), probes)
 
 
 def gather(rows: Iterable[Mapping[str, str]], probes: int) -> Panels:
@@ -40,8 +39,6 @@ def gather(rows: Iterable[Mapping[str, str]], probes: int) -> Panels:
 
 def draw(panels: Panels, probes: int, path: Path) -> None:
     """A PNG of horizontal bars, a panel for each picture size and decoder; peers' are gray."""
-    from matplotlib.figure import Figure
-
     heights = [len(bars) + 1.5 for bars in panels.values()]
     figure = Figure(figsize=(9, 0.25 * sum(heights)), layout="constrained")
     drawn = figure.subplots(len(panels), 1, sharex=True, squeeze=False, height_ratios=heights)[:, 0]

@@ -129,7 +129,7 @@ def _forget(used: Path) -> None:
         try:
             if path.is_dir() and path != used:
                 others.append((path.stat().st_mtime, path, _size_bytes(path)))
-        except FileNotFoundError:
+        except OSError:
             continue  # another process deleted it meanwhile
     kept = _size_bytes(used)
     for _, path, size in sorted(others, reverse=True):

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from safelight import __version__
 from safelight.engine.backends import Backend, open_backend
 from safelight.engine.bundle import Bundle, open_bundle
 from safelight.engine.image_probes import ImageProbes
@@ -160,12 +161,14 @@ class Detector:
     @property
     def policy(self) -> str:
         """What decides a verdict besides bundle and seed, in words: how it probes, who looks, in how many
-        steps, on what.
-
-        A time limit and the early exit are left out: neither lets pass what the probes would block.
+        steps, on what, in which version. A time limit is left out: it lets nothing pass.
         """
         probe = ", ".join(f"{name} {value}" for name, value in self.probe.to_json().items())
-        return f"probes of {probe}; checker {self.checker}; steps {self._steps}; on {self._model.device}"
+        exits = "early exit" if self._early_exit else "no early exit"
+        return (
+            f"probes of {probe}; {exits}; checker {self.checker}; steps {self._steps}; on "
+            f"{self._model.device}; safelight {__version__}"
+        )
 
     def warm_up(self, *, pictures: bool = False) -> float:
         """Do now what the first check of a prompt would have to do: plan, allocate, on a GPU compile and

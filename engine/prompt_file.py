@@ -19,6 +19,7 @@ from safelight.errors import SafelightError
 FORMATS = (".txt", ".csv", ".jsonl", ".parquet")
 MAX_CHARACTERS = 32_000  # of one prompt; the model's own window is far smaller and is reported in the verdict
 MAX_LINE_BYTES = 1 << 20
+MAX_CELL = 16 << 20  # characters; the margins of 1,024 probes are far past what csv reads by default
 _OTHER_ENCODINGS = {  # byte order mark -> whose it is; the first two bytes of UTF-32's may be UTF-16's
     b"\xff\xfe\x00\x00": "UTF-32",
     b"\x00\x00\xfe\xff": "UTF-32",
@@ -96,7 +97,7 @@ def all_prompts(path: Path, column: str = "prompt") -> Iterator[str]:
 
 
 def count_rows(path: Path, column: str = "prompt") -> int:
-    """How many rows `read_prompts` yields, without hashing or decoding more than it must. Raises as it."""
+    """How many rows `read_prompts` yields, without hashing or decoding more than it must; 0 for none."""
     if file_format(path) == ".parquet":
         return int(_open_parquet(path).metadata.num_rows)
     if file_format(path) == ".csv":
@@ -120,6 +121,11 @@ def _row(number: int, value: Any, raw: bytes | None = None) -> PromptRow:
 
 def _digest(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()[:32]
+
+
+def widen_cells() -> None:
+    """Have csv, whose limit is the process's, read cells of up to `MAX_CELL` characters."""
+    csv.field_size_limit(max(MAX_CELL, csv.field_size_limit()))
 
 
 def _open_utf8(path: Path) -> io.BufferedReader:
@@ -194,6 +200,7 @@ def _csv(path: Path, column: str) -> Iterator[PromptRow]:
     with io.TextIOWrapper(
         _open_utf8(path), encoding="utf-8-sig", errors="surrogateescape", newline=""
     ) as file:
+        widen_cells()
         records = csv.reader(file, strict=True)
         try:
             header = next(records, None)

@@ -24,10 +24,13 @@ def import_onnxruntime() -> Any:
 
 def import_openvino() -> Any:
     """The module `openvino`, sending nothing. Raises ModuleNotFoundError where it is not installed."""
-    if "openvino" in sys.modules or _OV_PACKAGE in sys.modules:
+    if "openvino" in sys.modules:
         return import_module("openvino")
+    before = sys.modules.get(_OV_PACKAGE)
     sys.modules[_OV_PACKAGE] = None  # type: ignore[assignment]  # what is None cannot be imported
     try:
         return import_module("openvino")
     finally:
         del sys.modules[_OV_PACKAGE]
+        if before is not None:
+            sys.modules[_OV_PACKAGE] = before

@@ -113,7 +113,7 @@ def screen_file(
             rows += 1
             done = before.get(row.number)
             if done is not None:
-                if done.digest != row.digest:  # the input was changed since it was looked at
+                if not _is_of(done, row):  # the input was changed since it was looked at
                     raise _other_row(target, row.number, source)
                 resumed += 1
                 blocked, errors = blocked + done.blocked, errors + (done.reason == "error")
@@ -146,7 +146,7 @@ def _check_rows(target: Path, before: Mapping[int, Done], source: Path, column: 
     missing = dict(before)
     for row in read_prompts(source, column) if missing else ():
         done = missing.pop(row.number, None)
-        if done is not None and done.digest != row.digest:
+        if done is not None and not _is_of(done, row):
             raise _other_row(target, row.number, source)
         if not missing:
             return
@@ -154,6 +154,11 @@ def _check_rows(target: Path, before: Mapping[int, Done], source: Path, column: 
         raise SafelightError(
             f"{target}: holds row {min(missing)}, which {source} does not have; choose another -o"
         )
+
+
+def _is_of(done: Done, row: PromptRow) -> bool:
+    """Whether a verdict is on that row; what holds no prompt never passed, whatever its digest is like."""
+    return done.digest == row.digest and (row.prompt is not None or done.blocked)
 
 
 def _other_row(target: Path, number: int, source: Path) -> SafelightError:

@@ -1,10 +1,12 @@
 """CLIP's tokenizer from a bundle's files, without transformers: text to the ids that the model reads.
 
 The same normalisation, split and byte-pair merges as transformers' `CLIPTokenizer`, special tokens inside a
-prompt included, since what is screened must be what the model would read. Where its versions read a text
-differently there is no such thing, and the text is refused.
+prompt included, since what is screened must be what the model would read. Older versions of it leave
+characters out: text is refused where that would join a word or a special token. Other differences (accents
+that the oldest strip, CJK that they split off, what ftfy rewrites) are not looked at.
 """
 
+import re
 import unicodedata
 from dataclasses import replace
 from pathlib import Path
@@ -22,6 +24,8 @@ from safelight.manifest import SecondText, Tokens
 _WORDS = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 _BEGIN, _END = "<|startoftext|>", "<|endoftext|>"
 _USUAL = {"bos_token": _BEGIN, "eos_token": _END, "unk_token": _END, "pad_token": _END}
+# what some versions leave out besides category C: marks without a look of their own, and replacements
+_UNSEEN = re.compile("[\u034f\u180b-\u180d\u180f\ufe00-\ufe0f\ufffc\ufffd\U000e0100-\U000e01ef]")
 MAX_CHARACTERS = 32_000  # far past any window; what lies beyond cannot reach the model
 
 
@@ -59,7 +63,7 @@ class PromptTokenizer:
             raise ValueError(
                 f"a prompt must be valid Unicode text; got a lone surrogate at {fault.start}"
             ) from None
-        if (at := _unseen_in_word(text)) is not None:
+        if (at := _unseen_inside(text)) is not None:
             raise ValueError(
                 f"a prompt must read the same everywhere; got U+{ord(text[at]):04X} inside of a word, at "
                 f"{at}, which some tokenizers leave out; take it out"
@@ -68,22 +72,27 @@ class PromptTokenizer:
         return np.concatenate([ids for ids, _ in windows]), max(truncated for _, truncated in windows)
 
 
-def _unseen_in_word(text: str) -> int | None:
-    """Where a character of category C, other than tab and line ends, stands beside a letter or a number with
-    more text at its other side. Older versions of transformers' tokenizer leave these characters out.
+def _unseen_inside(text: str) -> int | None:
+    """Where a character that some tokenizers leave out stands inside of a word, or of a special token: beside
+    a letter or a number, or before a mark, with more text at its other side.
     """
-    if text.isprintable():
+    if text.isprintable() and not _UNSEEN.search(text):
         return None
-    before, unseen = " ", None
+    before, unseen, first, seen = " ", None, None, []
     for at, char in enumerate(text):
-        if unicodedata.category(char)[0] == "C" and char not in "\t\n\r":
+        kind = unicodedata.category(char)
+        if (kind[0] == "C" and char not in "\t\n\r") or _UNSEEN.match(char):
             unseen = at if unseen is None else unseen
+            first = unseen if first is None else first
             continue
-        beside = "" if before.isspace() or char.isspace() else before + char
-        if unseen is not None and any(unicodedata.category(other)[0] in "LN" for other in beside):
+        between = unseen is not None and not before.isspace() and not char.isspace()
+        # an enclosing mark makes a sign of what is before it, as of the figure of a key
+        if between and kind != "Me" and (unicodedata.category(before)[0] in "LN" or kind[0] in "LNM"):
             return unseen
         before, unseen = char, None
-    return None
+        seen.append(char)
+    joined, whole = "".join(seen).lower(), text.lower()
+    return first if any(joined.count(token) > whole.count(token) for token in (_BEGIN, _END)) else None
 
 
 def open_tokenizer(bundle: Bundle) -> PromptTokenizer:

@@ -2,7 +2,7 @@
 
 A run that was killed leaves whole rows and at most one torn one, which is cut off when the file is opened
 again. Parquet cannot be appended to: its rows go to a journal beside it and become the parquet file, at once,
-at the end. Two runs never write to one output.
+at the end. Where the system has locks, two runs never write to one output.
 """
 
 import csv
@@ -15,7 +15,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, TextIO
 
-from safelight.engine.prompt_file import file_format, import_pyarrow
+from safelight.engine.prompt_file import file_format, import_pyarrow, widen_cells
 from safelight.engine.sole_writer import lock_output, named
 from safelight.errors import SafelightError
 from safelight.verdict import Verdict
@@ -23,7 +23,6 @@ from safelight.verdict import Verdict
 FORMATS = (".jsonl", ".csv", ".parquet")
 KEY = ("row", "digest", "prompt", "policy")
 COLUMNS = (*KEY, *Verdict.__dataclass_fields__)
-MAX_CELL = 16 << 20  # characters; the margins of 1,024 probes are far past what csv reads by default
 NESTED = ("margins", "timings_ms")  # written as JSON inside a csv cell
 
 
@@ -44,9 +43,10 @@ class Done:
 class VerdictFile:
     """An output file, opened to go on where the last run stopped; `done` holds the rows that are in it.
 
-    Until it is closed no other run can open it. Raises ValueError for an unknown suffix, SafelightError for a
-    file that holds something else and for one that another run has open, OSError, which names the file, for
-    one that cannot be written.
+    Where the system has locks, no other run can open it until it is closed. What it holds is not changed
+    before the first row is written. Raises ValueError for an unknown suffix, SafelightError for a file that
+    holds something else and for one that another run has open, OSError, which names the file, for one that
+    cannot be written.
     """
 
     def __init__(self, path: Path) -> None:
@@ -57,6 +57,7 @@ class VerdictFile:
         if self._parquet:
             import_pyarrow(str(path))
         self._file: TextIO | None = None
+        self._torn = False  # whether there may be something behind the last whole row
         self._spare = False  # whether a journal holds no row but those of the parquet file
         self._lock = lock_output(self._journal, path)
         try:
@@ -67,10 +68,9 @@ class VerdictFile:
                         self._spare = True
                 end = _end_of_whole_rows(self._journal, quoted=self._csv)
                 self.done: tuple[Done, ...] = tuple(self._rows_done(end))
-                os.truncate(self._journal, end)
-                self._file = self._journal.open("a", encoding="utf-8", newline="")
-                if self._csv and end == 0:
-                    csv.writer(self._file, lineterminator="\n").writerow(COLUMNS)
+                self._file = self._journal.open("r+", encoding="utf-8", newline="")
+                self._file.seek(end)
+                self._torn = True
         except BaseException:
             self._release()
             raise
@@ -83,15 +83,24 @@ class VerdictFile:
         """
         if self._file is None:
             raise SafelightError(f"{self.path}: is closed; open it again")
-        self._spare = False
         row = dict(zip(KEY, key, strict=True)) | verdict.to_json()
         with named(self._journal):
+            self._begin(self._file)
+            self._spare = False
             if self._csv:
                 cells = [json.dumps(row[name]) if name in NESTED else _cell(row[name]) for name in COLUMNS]
                 csv.writer(self._file, lineterminator="\n", quoting=csv.QUOTE_ALL).writerow(cells)
             else:
                 self._file.write(json.dumps(row, ensure_ascii=False) + "\n")
             self._file.flush()
+
+    def _begin(self, file: TextIO) -> None:
+        """Cut off a torn row, once, and see that a csv file has its header."""
+        if self._torn:
+            file.truncate()
+            self._torn = False
+            if self._csv and file.tell() == 0:
+                csv.writer(file, lineterminator="\n").writerow(COLUMNS)
 
     def close(self) -> None:
         """Close the file; a parquet file is made from its journal, which is then removed.
@@ -101,6 +110,8 @@ class VerdictFile:
         if self._file is None:
             return
         try:
+            with named(self._journal):
+                self._begin(self._file)
             self._close_file()
             if self._parquet:
                 with named(self.path):
@@ -120,7 +131,7 @@ class VerdictFile:
         """Let other runs in, and leave no journal that says nothing new."""
         try:
             self._close_file()
-            if self._spare:
+            if self._spare and self._lock is not None:  # else it may be another run's by now
                 self._journal.unlink(missing_ok=True)
         finally:
             lock, self._lock = self._lock, None
@@ -209,7 +220,7 @@ def _json_rows(lines: Iterator[str]) -> Iterator[dict[str, Any] | None]:
 
 
 def _csv_rows(lines: Iterator[str]) -> Iterator[dict[str, Any] | None]:
-    csv.field_size_limit(max(MAX_CELL, csv.field_size_limit()))
+    widen_cells()
     records = csv.reader(lines)
     try:
         if tuple(next(records, COLUMNS)) != COLUMNS:
@@ -248,16 +259,21 @@ def _parquet_from_journal(journal: Path, target: Path) -> None:
     import pyarrow as pa
 
     schema, part = _parquet_schema(), target.with_name(target.name + ".part")
-    with journal.open(encoding="utf-8") as file, parquet.ParquetWriter(part, schema) as writer:
-        rows: list[dict[str, Any]] = []
-        for line in file:
-            row = json.loads(line)
-            rows.append(row | {"timings_ms": list(row["timings_ms"].items())})
-            if len(rows) == 1024:
-                writer.write_table(pa.Table.from_pylist(rows, schema))
-                rows.clear()
-        writer.write_table(pa.Table.from_pylist(rows, schema))
-    os.replace(part, target)
+    try:
+        with journal.open(encoding="utf-8") as file, parquet.ParquetWriter(part, schema) as writer:
+            rows: list[dict[str, Any]] = []
+            for line in file:
+                row = json.loads(line)
+                rows.append(row | {"timings_ms": list(row["timings_ms"].items())})
+                if len(rows) == 1024:
+                    writer.write_table(pa.Table.from_pylist(rows, schema))
+                    rows.clear()
+            writer.write_table(pa.Table.from_pylist(rows, schema))
+        with part.open("rb") as file_made:
+            os.fsync(file_made.fileno())  # the journal goes next
+        os.replace(part, target)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def _journal_from_parquet(source: Path, journal: Path) -> bool:

@@ -65,6 +65,36 @@ def test_rows_of_another_input_are_not_mixed(tmp_path: Path, target: str, now: l
     refused(source, out, match)
 
 
+def test_what_is_refused_stays_as_it_is_to_the_last_byte(tmp_path: Path) -> None:
+    source, out = write(tmp_path / "in.jsonl", PROMPTS[:3]), tmp_path / "out.jsonl"
+    screen_file(FakeDetector(), source, out)
+    held = out.read_bytes().rstrip(b"\n")  # as some editors leave it: the last row looks torn
+    out.write_bytes(held)
+    refused(source, out, "policy 'probes of a fake; secret seeds'", policy="another")
+    assert out.read_bytes() == held
+    assert screen_file(FakeDetector(), source, out).resumed == 2 and out.read_bytes().startswith(held)
+
+
+@pytest.mark.parametrize("target", ["out.jsonl", "out.csv"])
+def test_wide_cells_are_read_alike_by_every_run(tmp_path: Path, target: str) -> None:
+    source, out = tmp_path / "in.csv", tmp_path / target
+    limit = csv.field_size_limit(131_072)  # of a new process
+    try:
+        source.write_text(f"data,prompt\n{'x' * 200_000},one\n{'x' * 200_000},two\n", "utf-8")
+        made = screen_file(FakeDetector(), source, out)
+        assert (made.rows, made.errors) == (2, 0) and screen_file(FakeDetector(), source, out).resumed == 2
+    finally:
+        csv.field_size_limit(limit)
+
+
+def test_a_row_that_lost_its_prompt_does_not_take_the_verdict_on_a_text(tmp_path: Path) -> None:
+    source, out = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    source.write_text('{"prompt": "42"}\n', "utf-8")
+    assert screen_file(FakeDetector(), source, out).passed == 1
+    source.write_text('{"prompt": 42}\n', "utf-8")
+    refused(source, out, "row 1 is not the verdict on row 1")
+
+
 def test_an_output_with_a_gap_is_refused_before_the_gap_is_filled(tmp_path: Path) -> None:
     source, out = write(tmp_path / "in.jsonl", PROMPTS), tmp_path / "out.jsonl"
     screen_file(FakeDetector(), source, out)
@@ -175,7 +205,7 @@ def test_each_option_that_decides_a_verdict_is_in_the_policy(
     source, out = screened / "p.txt", screened / "p.jsonl"
     before = out.read_bytes()
     (policy,) = {row["policy"] for row in read(out)}
-    assert "on onnxruntime CPUExecutionProvider; secret seeds" in policy and shown not in policy
+    assert "on onnxruntime CPUExecutionProvider; safelight " in policy and shown not in policy
     done = CliRunner().invoke(main, ["screen", "-i", str(source), "-o", str(out), *option])
     assert done.exit_code == 2 and "choose another -o" in done.stderr
     (sentence,) = [line for line in done.stderr.splitlines() if line.startswith("safelight: ")]

@@ -12,7 +12,7 @@ from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 from transformers import CLIPTokenizer
 
-from safelight.engine.tokenizer import MAX_CHARACTERS, PromptTokenizer, _unseen_in_word
+from safelight.engine.tokenizer import MAX_CHARACTERS, PromptTokenizer, _unseen_inside
 from safelight.errors import BundleError
 from safelight.manifest import Tokens
 
@@ -130,7 +130,7 @@ PROMPTS = st.one_of(st.text(max_size=60), st.lists(PIECES, max_size=40).map("".j
 @given(text=PROMPTS)
 def test_ids_are_those_of_transformers(pair, text: str) -> None:
     ours, theirs = pair
-    assume(_unseen_in_word(text) is None)
+    assume(_unseen_inside(text) is None)
     ids, truncated = ours.encode(text)
     wanted = theirs(text, padding="max_length", truncation=True, max_length=WINDOW)["input_ids"]
     assert ids.dtype == np.int64 and ids.tolist() == wanted
@@ -168,6 +168,12 @@ def test_what_is_no_prompt_is_refused(pair) -> None:
             5,
         ),  # U+0000 after every letter; those before it stand beside spaces
         ("x\ue000y", 1),
+        ("a yellow st\ufffdar", 11),  # what bytes that are no text were decoded to
+        ("st\u034far", 2),
+        ("st\ufe0far", 2),
+        ("s\u0323\u200b\u0307tar", 2),
+        ("a circle <\u200b|endoftext|> x", 10),
+        ("a circle <|EndOfText|\u200b> x", 21),
     ],
 )
 def test_a_word_that_some_tokenizers_would_read_otherwise_is_refused(pair, text: str, at: int) -> None:
@@ -177,7 +183,15 @@ def test_a_word_that_some_tokenizers_would_read_otherwise_is_refused(pair, text:
 
 @pytest.mark.parametrize(
     "text",
-    ["👩\u200d👩\u200d👧 a star", "❤\ufe0f\u200d🔥", "\ufeffa star", "a\u200b star", "a\tstar\r\nred", "é ½"],
+    [
+        "👩\u200d👩\u200d👧 a star",
+        "❤\ufe0f\u200d🔥",
+        "\ufeffa star",
+        "a\u200b star",
+        "1\ufe0f\u20e3 ❤\ufe0f",
+        "a\tstar\r\nred",
+        "é ½",
+    ],
 )
 def test_unseen_characters_beside_words_are_read(pair, text: str) -> None:
     assert len(pair[0].encode(text)[0]) == WINDOW

@@ -143,7 +143,11 @@ class Gpu:
         self.turn = threading.RLock()
         self._library = None if kernels is None else KernelLibrary.open(kernels, device=device.index)
         if self._library is not None:
-            self._library.check_fresh()  # a service learns of it at its start, and not from a request
+            try:  # a service learns of it at its start, and not from a request
+                self._library.check_fresh()
+            except SafelightError:
+                self._library.close()
+                raise
         self._stream: Any = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self._pool = torch.cuda.graph_pool_handle()
         self._busy = False

@@ -43,11 +43,18 @@ def build(
         raise ValueError(f"jobs must be at least 1; got {jobs}")
     sources = file_digests()  # what is compiled, also where a file changes meanwhile
     with new_folder(out) as folder, tempfile.TemporaryDirectory() as scratch:
+        workers: list[subprocess.Popen[str]] = []
         with ThreadPoolExecutor(count) as pool:
             shares = pool.map(
-                lambda index: _share(source, index, count, folder, Path(scratch), targets), range(count)
+                lambda index: _share(source, index, count, folder, Path(scratch), targets, workers),
+                range(count),
             )
-            found = list(shares)
+            try:
+                found = list(shares)
+            except BaseException:  # an interrupt too: what compiles would else go on to its end
+                for worker in workers:
+                    worker.kill()
+                raise
         done = sorted((item for share in found for item in share["done"]), key=lambda item: int(item[0]))
         if not done:
             raise SafelightError(f"{source} names no kernel; there is nothing to compile")
@@ -57,24 +64,32 @@ def build(
 
 
 def _share(
-    source: str, index: int, count: int, folder: Path, scratch: Path, targets: Sequence[str]
+    source: str,
+    index: int,
+    count: int,
+    folder: Path,
+    scratch: Path,
+    targets: Sequence[str],
+    workers: list[subprocess.Popen[str]],
 ) -> dict[str, Any]:
-    """Run worker `index` of `count` and read its records."""
+    """Run worker `index` of `count`, which joins `workers`, and read its records."""
     cache, records = scratch / f"cache-{index}", scratch / f"records-{index}.json"
     kept = {name: text for name, text in os.environ.items() if not name.startswith(_COMPILER_SETTINGS)}
     # line numbers would put the path of the sources into the machine code
     settings = {"TRITON_CACHE_DIR": str(cache), "TRITON_DISABLE_LINE_INFO": "1", "PYTHONHASHSEED": "0"}
     command = [sys.executable, "-P", "-m", "safelight.kernels.ahead.worker", source, str(index), str(count)]
-    done = subprocess.run(
+    worker = subprocess.Popen(
         [*command, str(folder), str(records), *targets],
         env=kept | settings,
-        capture_output=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         text=True,
-        check=False,
     )
-    if done.returncode:
-        said = (done.stderr.strip() or done.stdout.strip()).splitlines()
-        raise SafelightError(said[-1] if said else f"the compiler's process ended with {done.returncode}")
+    workers.append(worker)
+    out, errors = worker.communicate()
+    if worker.returncode:
+        said = (errors.strip() or out.strip()).splitlines()
+        raise SafelightError(said[-1] if said else f"the compiler's process ended with {worker.returncode}")
     values: dict[str, Any] = json.loads(records.read_text(encoding="utf-8"))
     return values
 

@@ -23,6 +23,7 @@ from safelight.kernels.ahead.manifest import (
     Binary,
     CompiledVariant,
     KernelManifest,
+    file_digests,
     format_of,
     read_part,
 )
@@ -187,8 +188,9 @@ class KernelLibrary:
 
     def check_fresh(self) -> None:
         """Look at all kernels, as `function` does at one. Raises SafelightError for one of other sources."""
+        sources = file_digests()
         for kernel in self.manifest.kernels:
-            kernel.check_fresh()
+            kernel.check_fresh(sources=sources)
 
     def function(self, name: str) -> LoadedKernel:
         """Load a variant, once. Belongs into `plan`, not into `run`.

@@ -249,9 +249,9 @@ def bench_cpu(
             on_rows=lambda rows: _report(rows, file),
             on_line=lambda line: click.echo(f"safelight: {line}", err=True),
         )
-    most = max(probes)
-    draw(read(file, most), most, file.with_suffix(".png"))
-    click.echo(f"safelight: plot in {file.with_suffix('.png')}", err=True)
+    if panels := read(file, max(probes)):
+        draw(panels, max(probes), file.with_suffix(".png"))
+        click.echo(f"safelight: plot in {file.with_suffix('.png')}", err=True)
 
 
 @bench.command("agreement")
