@@ -31,7 +31,7 @@ CELLS = 8  # cells along an edge of a pixelated picture
 @dataclass(frozen=True, slots=True)
 class Entry:
     """One request. `probes` float32 (P, 3, H, W) in [0, 1], P may be 0; `image` uint8 (H, W, 3), if there is
-    one.
+    one; `asked` is how many probes there would have been without an early exit.
     """
 
     prompt: str
@@ -40,6 +40,7 @@ class Entry:
     image: NDArray[np.uint8] | None = None
     label: str = ""
     note: str = ""  # below the image, in place of "generated", "blocked" or "no image"
+    asked: int = 1
 
     def __post_init__(self) -> None:
         if self.probes.ndim != 4 or self.probes.shape[1] != 3:
@@ -49,8 +50,10 @@ class Entry:
 
     @property
     def shown(self) -> int:
-        """Thumbnails of this row: every picture, and every evaluated probe even where it has no picture."""
-        return max(len(self.probes), len(self.verdict.margins), 1)
+        """Thumbnails of this row: every picture, every evaluated probe even where it has no picture, and those
+        that were not run.
+        """
+        return max(len(self.probes), len(self.verdict.margins), self.asked, 1)
 
 
 def draw_sheet(

@@ -68,6 +68,14 @@ def test_a_sheet_is_as_wide_as_its_widest_row_and_wraps_beyond_eight() -> None:
     assert wrapped.height - wide.height == 2 * (sheet.THUMB + sheet.CAPTION + sheet.GAP // 2)
 
 
+def test_probes_that_were_not_run_are_drawn_as_such() -> None:
+    one = verdict((-0.1,), (-0.1,))
+    alone, asked = (draw_sheet([Entry("p", one, pictures(2), asked=count)], title="t") for count in (2, 8))
+    assert Entry("p", one, pictures(2), asked=8).shown == 8 and asked.width > alone.width
+    empty = draw_sheet([Entry("p", one, pictures(2)), Entry("p", one, pictures(8))], title="t")
+    assert asked.width == empty.width
+
+
 def test_the_same_requests_give_the_same_pixels() -> None:
     entries = [Entry("a red circle", verdict((-0.1,)), pictures(2), np.zeros((9, 5, 3), np.uint8), "clean")]
     first, second = (np.asarray(draw_sheet(entries, title="t", subtitle="s")) for _ in range(2))

@@ -33,7 +33,8 @@ def screen_all(detector: Detector, generator: Generator, seed: int) -> Iterator[
         if not verdict.blocked:
             made = generator.generate(prompt, steps=STEPS, seed=seed, probe_seed=seed)
         note = "image blocked" if made is not None and made.image is None else ""
-        yield Entry(prompt, verdict, probes, None if made is None else made.image, kind, note)
+        image = None if made is None else made.image
+        yield Entry(prompt, verdict, probes, image, kind, note, asked=detector.probe.count)
 
 
 def main() -> None:
