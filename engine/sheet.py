@@ -50,8 +50,8 @@ class Entry:
 
     @property
     def shown(self) -> int:
-        """Thumbnails of this row: every picture, every evaluated probe even where it has no picture, and those
-        that were not run.
+        """Thumbnails of this row: every picture, every evaluated probe even where it has no picture, and
+        every probe that was not run.
         """
         return max(len(self.probes), len(self.verdict.margins), self.asked, 1)
 
