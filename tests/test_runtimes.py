@@ -29,7 +29,9 @@ def run(code: str, home: Path, **environment: str) -> str:
 
 def test_onnxruntime_leaves_nothing_in_the_home(tmp_path: Path) -> None:
     screen = (
-        "from safelight import Detector\nwith Detector.open('shapes') as d: print(d.check('a star').blocked)"
+        "from safelight import Detector\n"
+        "with Detector.open('shapes') as detector:\n"
+        "    print(detector.check('a yellow star', seed=1).blocked)"
     )
     assert run(screen, tmp_path) == "True\n"
     assert list(tmp_path.rglob("*")) == []
