@@ -1,7 +1,7 @@
 """Verdicts to a jsonl, csv or parquet file, one row at a time, and what a file already holds. Knows no model.
 
-A run that was killed leaves whole rows and at most one torn one, which is cut off when the file is opened
-again. Parquet cannot be appended to: its rows go to a journal beside it and become the parquet file, at once,
+A run that was killed leaves whole rows and at most one torn one, which is cut off once the next run writes.
+Parquet cannot be appended to: its rows go to a journal beside it and become the parquet file, at once,
 at the end. Where the system has locks, two runs never write to one output.
 """
 
@@ -44,9 +44,9 @@ class VerdictFile:
     """An output file, opened to go on where the last run stopped; `done` holds the rows that are in it.
 
     Where the system has locks, no other run can open it until it is closed. What it holds is not changed
-    before the first row is written. Raises ValueError for an unknown suffix, SafelightError for a file that
-    holds something else and for one that another run has open, OSError, which names the file, for one that
-    cannot be written.
+    before the first row is written, or it is closed. Raises ValueError for an unknown suffix, SafelightError
+    for a file that holds something else and for one that another run has open, OSError, which names the file,
+    for one that cannot be written.
     """
 
     def __init__(self, path: Path) -> None:

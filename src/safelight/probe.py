@@ -57,7 +57,7 @@ class ProbeConfig:
                 raise ValueError(
                     f"{name} must be one of {[item.value for item in enum]}; got {value!r}"
                 ) from None
-        if not (is_number(self.count) and isinstance(self.count, int) and 1 <= self.count <= MAX_PROBES):
+        if not (type(self.count) is int and 1 <= self.count <= MAX_PROBES):
             raise ValueError(f"count must be a whole number from 1 to {MAX_PROBES}; got {self.count!r}")
         if not (is_number(self.angle_rad) and 0.0 <= self.angle_rad <= math.pi / 2):
             raise ValueError(f"angle_rad must lie in [0, pi/2] radians; got {self.angle_rad!r}")
